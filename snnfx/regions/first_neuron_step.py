@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, fx, nn
 from torch.fx import Node
@@ -63,14 +63,14 @@ def with_neuron_kernels(graph: fx.Graph, modules: Mapping[int, nn.Module]) -> fx
     neurons = {placeholders[k]: module for k, module in modules.items()}
     found = [n for n in copy.nodes if n.target is call_stateful and _starts_from_reset(n) and n.args[0] in neurons]
     for node in found:
-        neuron, state, x = node.args
-        kernel = FirstNeuronStep(neurons[neuron], len(state))  # type: ignore[index, arg-type]
+        neuron, state, x = cast("tuple[Node, tuple[Node, ...], Node]", node.args)
+        kernel = FirstNeuronStep(neurons[neuron], len(state))
         with copy.inserting_before(node):
             node.replace_all_uses_with(copy.create_node("call_function", kernel, (x,), name=f"{node.name}_kernel"))
         copy.erase_node(node)
-        for initial in dict.fromkeys(state):  # type: ignore[arg-type]
-            if not initial.users:  # type: ignore[union-attr]
-                copy.erase_node(initial)  # type: ignore[arg-type]
+        for initial in dict.fromkeys(state):
+            if not initial.users:
+                copy.erase_node(initial)
     return copy if found else None
 
 
@@ -78,7 +78,7 @@ def _starts_from_reset(call: Node) -> bool:
     """Whether a neuron with one input starts from its own initial values."""
     if len(call.args) != 3 or call.kwargs or not isinstance(call.args[1], tuple) or not isinstance(call.args[2], Node):
         return False
-    neuron, state, x = call.args
+    neuron, state, x = cast("tuple[Node, tuple[Any, ...], Node]", call.args)
     return bool(state) and all(
         isinstance(value, Node) and value.target is initial_value and value.args == (neuron, k, x) and not value.kwargs
         for k, value in enumerate(state)

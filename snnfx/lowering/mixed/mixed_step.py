@@ -236,7 +236,7 @@ class MixedStep:
 
     def invariants(self, constants: Sequence[Tensor]) -> dict[int, Tensor]:
         """The values that do not change with time, constants included, by number; the caller does not change it."""
-        places = [(c.data_ptr(), c.shape, c.stride(), c.dtype) for c in constants]
+        places: list[object] = [(c.data_ptr(), c.shape, c.stride(), c.dtype) for c in constants]
         if self._views is not None and self._views[0] == places and not dispatch_mode_count():
             return self._views[1]
         known = {number: c.detach() for (number, _), c in zip(self.constants, constants, strict=True)}
