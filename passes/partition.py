@@ -22,7 +22,7 @@ from snnfx.analysis.batch.facts import Fact, model_input
 from snnfx.analysis.batch.mixed_batch_sizes import find_mixed_batches_in_folds, has_mixed_batches_in_loop, sizes_of
 from snnfx.analysis.batch_norm_folding import folds_time_into_dim_0
 from snnfx.analysis.convex_regions import form_regions
-from snnfx.analysis.dependence import Dependence, analyse_dependence
+from snnfx.analysis.dependence import Dependence, analyse_dependence, ancestors
 from snnfx.analysis.statistic_reads import is_statistic_read, update_chains
 from snnfx.errors import Refusal
 from snnfx.ir.facts import (
@@ -39,7 +39,7 @@ from snnfx.ir.facts import (
     VALUE,
     VARYING,
 )
-from snnfx.ir.module_effects import estimates_weights
+from snnfx.ir.module_effects import estimates_weights, flags_of_updates, updates_buffers
 from snnfx.ir.nodes import is_size, takes_from_tuple
 from snnfx.ir.printing import operation_name
 from snnfx.ir.program import SELF_TARGET, StepProgram
@@ -131,8 +131,7 @@ class Partition(Pass):
         def changing(node: Node) -> bool:
             return node in not_once or updates(node)
 
-        settings = [read for read in program.setting_reads if read.name != "training"]
-        program.setting_reads = settings + _flags_of_norms(program, self.batch_norm)
+        program.setting_reads = _with_flags(program, self.batch_norm)
         dependence = analyse_dependence(program, self.invariant_inputs, changing)
         analysis = infer_batch(
             program.graph,
@@ -158,14 +157,14 @@ class Partition(Pass):
     def _updates_at_every_step(self, program: StepProgram, stepped: Set[Node]) -> Callable[[Node], bool]:
         """A predicate for calls that update their module at every step, even for an invariant input.
 
-        In training, these are BatchNorms with statistics per step by option, InstanceNorms with running statistics and
-        weights estimated by power iteration; opaque calls and the calls and reads in `stepped` always.
+        In training mode, these are BatchNorms with statistics per step by option, InstanceNorms with running statistics
+        and weights estimated by power iteration; opaque calls and the calls and reads in `stepped` always.
         """
 
         def changing(node: Node) -> bool:
             if node.target is call_opaque or node in stepped:
                 return True
-            if not program.training or node.op != "call_module":
+            if node.op != "call_module" or not updates_buffers(program, node):
                 return False
             module = program.resolve(str(node.target))
             if isinstance(module, NormBase):
@@ -177,25 +176,33 @@ class Partition(Pass):
         return changing
 
 
-def _flags_of_norms(program: StepProgram, batch_norm: str) -> list[SettingRead]:
-    """Setting reads of the `training` flags that decide how norm layers run; a net checks them at each call.
+def _with_flags(program: StepProgram, batch_norm: str) -> list[SettingRead]:
+    """The setting reads with the `training` flags that decide how layers run; a net checks them at each call.
 
-    A layer frozen in another mode than its model uses its own flag.
+    A layer whose mode is not that of its model uses its own flag. Flags of layers that the step does not call are those
+    of removed calls.
     """
     found: dict[str, SettingRead] = {}
+    called: set[str] = set()
+    outputs = ancestors([n for n in program.outputs if isinstance(n, Node)])
     for node in program.graph.nodes:
         target = str(node.target)
-        if node.op != "call_module" or target in program.constants:
+        if target in program.constants or not node.op.startswith("call"):
             continue
-        module = program.resolve(target)
-        if not isinstance(module, NormBase):
-            continue
+        flags = flags_of_updates(program, node)
+        called.update(flag.owner for flag in flags)
+        module = program.resolve(target) if node.op == "call_module" else None
         is_batch_norm = isinstance(module, BatchNormBase)
-        tracks = module.running_mean is not None
-        if (tracks and batch_norm == "per_step") or (is_batch_norm and not tracks):
+        tracks = bool(flags)
+        if isinstance(module, NormBase) and ((tracks and batch_norm == "per_step") or (is_batch_norm and not tracks)):
             flag = program.mode_of(module)
-            found[target] = SettingRead("" if target == SELF_TARGET else target, "training", flag, str(flag))
-    return list(found.values())
+            owner = "" if target == SELF_TARGET else target
+            found[owner] = SettingRead(owner, "training", flag, str(flag))
+        elif not program.training and (not is_batch_norm or node not in outputs):
+            # With statistics over all steps, a BatchNorm whose value is needed runs alike in both modes.
+            found.update((flag.owner, flag) for flag in flags)
+    called.update(found)
+    return [*(r for r in program.setting_reads if r.name != "training" or r.owner not in called), *found.values()]
 
 
 def _input_facts(program: StepProgram) -> dict[Node, Fact]:
@@ -263,7 +270,8 @@ def _kinds(
         # A size is recomputed in each region that reads it, so its refusal applies to its readers, whose own refusal
         # may only follow from it.
         refusal = next((refusals[n] for n in [*_size_ancestors(node), node] if n in refusals), None)
-        if program.training and node.op == "call_module" and estimates_weights(program.resolve(str(node.target))):
+        estimates = node.op == "call_module" and estimates_weights(program.resolve(str(node.target)))
+        if estimates and updates_buffers(program, node):
             refusal = Refusal("SNNFX109", f"`{node.target}` updates its weight estimate at each call")
         if node in not_once:
             reason = "its backward is not linear in the gradient, so each step runs it"

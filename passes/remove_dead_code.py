@@ -1,7 +1,7 @@
 """Remove nodes whose value is not needed (dead code elimination).
 
 Needed are the outputs of a step, the next value of every slot (`net.run` returns it), initial values and size checks,
-in training the layers that update running statistics, and modules that run without capture, whose effects are unknown.
+layers in training mode that update running statistics, and modules that run without capture, whose effects are unknown.
 Legal because other nodes have no effect. A check of the number of values that a state stacks is not needed: it follows
 from the next value of the state. A slot that capture discovered by watching attributes is needed only if a
 value depends on it, its own next value included: an attribute that is written but never read is not a state.
@@ -17,8 +17,9 @@ import torch
 from torch.fx import Node
 
 from snnfx.analysis.dependence import ancestors
-from snnfx.ir.module_effects import has_effects
+from snnfx.ir.module_effects import flags_of_updates, has_effects, keeps_statistics
 from snnfx.ir.program import StepProgram
+from snnfx.ir.setting_read import SettingRead
 from snnfx.ops.step_functions import expect_size
 from snnfx.passes.base import Pass
 
@@ -35,16 +36,27 @@ class RemoveDeadCode(Pass):
 
     def apply(self, program: StepProgram) -> str:
         before = len(program.graph.nodes)
+        called = _updating_calls(program)
         dropped = _drop_unread_slots(program)
         _remove_proven_checks(program)
         _remove_dead_nodes(program)
         if program.first_step is not None:
             _keep_slots(program.first_step, {slot.name for slot in program.slots})
             _remove_dead_nodes(program.first_step)
+        # A call that is removed because its layer is not in training mode is needed once it is.
+        kept = _updating_calls(program)
+        program.setting_reads += [flag for name, flag in called.items() if name not in kept]
         removed = before - len(program.graph.nodes)
         if not dropped:
             return f"removed {removed} nodes"
         return f"removed {removed} nodes and the unread attributes {', '.join(dropped)}"
+
+
+def _updating_calls(program: StepProgram) -> dict[str, SettingRead]:
+    """The `training` flags of the layers that the step calls and that update their buffers in training mode."""
+    steps = (program, *([] if program.first_step is None else [program.first_step]))
+    calls = ((step, node) for step in steps for node in step.graph.nodes if keeps_statistics(step, node))
+    return {flag.owner: flag for step, node in calls for flag in flags_of_updates(step, node)}
 
 
 def _remove_dead_nodes(program: StepProgram) -> None:

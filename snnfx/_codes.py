@@ -303,6 +303,28 @@ CODES: dict[str, CodeEntry] = {
         "from spikingjelly.clock_driven import neuron",
         "from spikingjelly.activation_based import neuron",
     ),
+    "SNNFX224": CodeEntry(
+        "a first step with batch statistics of its own",
+        'With batch_norm="fold", a BatchNorm in training takes its statistics over all T*N samples. If the first step '
+        "runs other operations than the later steps (SNNFX212) and only states on a cycle through time depend on them, "
+        "this holds as well. Otherwise the first step runs apart as a whole: the BatchNorm takes the statistics of the "
+        "first step and those of the later steps separately, with one update of the running statistics for each. The "
+        "net warns once at its first call in training.",
+        "y = x if self.before is None else torch.maximum(x, self.before)   # y has no cycle through time\n"
+        "self.before = x\n"
+        "return self.bn(y)",
+        "if self.before is None: self.before = torch.full_like(x, -torch.inf)   # an initial value\n"
+        "y = torch.maximum(x, self.before)\n"
+        "self.before = x\n"
+        "return self.bn(y)",
+    ),
+    "SNNFX225": CodeEntry(
+        "an operation fails on a memory format",
+        "The operation, such as `view`, cannot take a tensor with these strides: it was permuted, or the inputs are in "
+        "channels-last format. Use `reshape`, or make the tensor contiguous.",
+        "y = torch.stack([x, x], dim=1).transpose(1, 2).view(x.shape[0], -1)",
+        "y = torch.stack([x, x], dim=1).transpose(1, 2).reshape(x.shape[0], -1)",
+    ),
     "SNNFX250": CodeEntry(
         "a branch on the number of the step",
         "Python code branches on a number that counts the steps, and later steps take different branches. A net runs "

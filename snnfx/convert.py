@@ -112,7 +112,8 @@ def convert(
             the call the value after it, the same at every step; with T = 1 this equals one call of the model. With
             "per_step", each step reads the value that the stepped model reads. A BatchNorm that cannot fold (on a cycle
             through time, or inside a module that cannot be traced) uses the statistics of each time step; `convert`
-            warns (SNNFX112) and `explain` gives the reason.
+            warns (SNNFX112) and `explain` gives the reason. If the first step differs from the later steps
+            outside the loops, it takes statistics of its own, with a warning (SNNFX224).
         chunk: number of time steps in a chunk in inference (evaluation mode without gradients). An int; None: all;
             "auto" (default): as many as fit `memory_budget`, and no more than run fast.
         carry_state: True to carry the state across calls, detached, until `reset_net(net)`. Default: False, every call

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import operator
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,6 +19,7 @@ from snnfx.capture.unrecorded_draws import UnrecordedDraws
 from snnfx.capture.unsupported_modules import is_converted_net
 from snnfx.errors import CaptureError
 from snnfx.ir.facts import VALUE, WHERE
+from snnfx.ir.printing import operation_name
 from snnfx.ir.program import SELF_TARGET, START_PREFIX
 from snnfx.sandbox.torch_internals import (
     BatchNormBase,
@@ -85,12 +86,12 @@ class ExampleValues:
             module = self._resolve(str(node.target))
             self._record_value(node, lambda: _call_for_shape(module, args, kwargs))
         elif node.op == "call_method":
-            self._record_value(node, lambda: getattr(args[0], str(node.target))(*args[1:], **kwargs))
+            self._record_value(node, lambda *args: getattr(args[0], str(node.target))(*args[1:], **kwargs), args)
         else:
             if node.target is _FULL:
                 args, kwargs = _with_any_number(args, kwargs)
             with self.draws.allowed_in(getattr(node.target, "__module__", None) or "builtins"):
-                self._record_value(node, lambda: node.target(*args, **kwargs))  # type: ignore[operator]
+                self._record_value(node, lambda *args: node.target(*args, **kwargs), args)  # type: ignore[operator]
 
     @contextlib.contextmanager
     def already_evaluated(self, value: Any) -> Iterator[None]:
@@ -113,13 +114,15 @@ class ExampleValues:
         finally:
             recorder.is_evaluating = before
 
-    def _record_value(self, node: Node, compute: Callable[[], Any]) -> None:
+    def _record_value(self, node: Node, compute: Callable[..., Any], operands: tuple[Any, ...] = ()) -> None:
         try:
             with self.evaluating():
-                VALUE.set(node, compute())
+                VALUE.set(node, compute(*operands))
         except NOT_EVALUATED:
             return
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            if self._takes_contiguous_operands(compute, operands):
+                self._refuse_memory_format(node, error)
             raise CaptureError(
                 "SNNFX201",
                 f"one step on the example inputs fails at `{node.name}`",
@@ -127,6 +130,30 @@ class ExampleValues:
                 why=f"{type(error).__name__}: {error}.",
                 hint="Pass example_inputs with the inputs of ONE call of the model, including the batch dimension.",
             ) from error
+
+    def _takes_contiguous_operands(self, compute: Callable[..., Any], operands: tuple[Any, ...]) -> bool:
+        """Whether a computation that failed succeeds on contiguous copies of its operands."""
+        if not any(isinstance(x, Tensor) and x.layout is torch.strided and not x.is_contiguous() for x in operands):
+            return False
+        try:
+            with self.evaluating():
+                compute(*(x.contiguous() if isinstance(x, Tensor) else x for x in operands))
+        except (RuntimeError, ValueError, TypeError, IndexError, *NOT_EVALUATED):
+            return False
+        return True
+
+    def _refuse_memory_format(self, node: Node, error: Exception) -> NoReturn:
+        operand = node.args[0]
+        x = VALUE.of(operand) if isinstance(operand, Node) else None
+        layout = f" of shape {list(x.shape)} and strides {x.stride()}" if isinstance(x, Tensor) else ""
+        name = node.target if isinstance(node.target, str) else operation_name(node)
+        raise CaptureError(
+            "SNNFX225",
+            f"`{name}` fails on the memory format of its operand",
+            where=format_location(WHERE.of(node)),
+            why=f"the tensor{layout} is not contiguous, e.g. in channels-last format or permuted.",
+            hint="Use `reshape`, which copies if necessary, instead of `view`, or call it on `x.contiguous()`.",
+        ) from error
 
     def _resolve(self, target: str) -> Any:
         if target in self.recorder.constants:

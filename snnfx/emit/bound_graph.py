@@ -23,6 +23,7 @@ from snnfx.emit.bit_readers import find_readers
 from snnfx.emit.norm_tails import FusedTails, find_tails
 from snnfx.functional import multi_step_forward, seq_to_ann_forward
 from snnfx.ir.program import SELF_TARGET
+from snnfx.lowering.choices.image_formats import convolve, fastest_format
 from snnfx.lowering.elementwise.lowered_step import LoweredStep
 from snnfx.lowering.events.event_layers import call_layer_by_events
 from snnfx.lowering.events.spike_bits import SpikeBits
@@ -35,6 +36,7 @@ from snnfx.ops.sequence_functions import call_module, call_once, select_state
 from snnfx.ops.time_folding import fold_time, unfold_time
 from snnfx.regions.bound_bit_loop import BoundBitLoop
 from snnfx.regions.bound_loop import BoundLoop, FlatSteps
+from snnfx.regions.first_neuron_step import with_neuron_kernels
 from snnfx.regions.normed_loop import BoundNormedLoop, Tail
 from snnfx.regions.region_modules import LoopRegion
 from snnfx.regions.sequence_region import RegionGraph
@@ -154,6 +156,8 @@ class _Binder:
         elif node.op == "call_method":
             receiver, *args = node.args
             self._assign(node, f"{self._text(receiver)}.{node.target}({self._arguments(args, node.kwargs)})")
+        elif node.target is fastest_format and self._is_split(node):
+            self._assign(node, self._call(fastest_format, (*node.args, True), {}))
         elif node.target is operator.getitem:
             self._assign(node, f"{self._text(node.args[0])}[{self._text(node.args[1])}]")
         elif node.target is seq_to_ann_forward and self._is_simple_fold(node):
@@ -185,7 +189,7 @@ class _Binder:
         if tails is None:
             readers, steps = self.readers.of_loop.get(node, ()), self._flat_steps(loop, constants, tensors)
             bound: Any = (
-                BoundBitLoop(loop, fixed, readers, with_finals)
+                BoundBitLoop(loop, fixed, readers, with_finals, steps)
                 if readers and not tensors
                 else BoundLoop(loop, fixed, tensors, with_finals, steps)
             )
@@ -204,13 +208,27 @@ class _Binder:
         if kernels is not None and isinstance(kernels.in_use, LoweredStep):
             return None
         step = self._function_of(loop.step, constants, tensors)
-        first = None if loop.first is None else self._function_of(loop.first, constants, tensors)
-        return FlatSteps(step, first, loop.may_return_structures)
+        if loop.first is None:
+            return FlatSteps(step, None, loop.may_return_structures)
+        first = by_kernels = self._function_of(loop.first, constants, tensors)
+        modules = {k: self.modules[c] for k, c in enumerate(constants) if c in self.modules}
+        graph = None if kernels is None else with_neuron_kernels(loop.first.graph, modules)
+        if graph is not None:
+            by_kernels = self._function_of(loop.first, constants, tensors, graph)
+        return FlatSteps(step, first, loop.may_return_structures, by_kernels)
 
-    def _function_of(self, region: Any, constants: Sequence[Node], tensors: Sequence[int]) -> Callable[..., Any]:
-        """The step of a loop as a function of the tensors among its constants and of its other arguments."""
+    def _function_of(
+        self, region: Any, constants: Sequence[Node], tensors: Sequence[int], graph: fx.Graph | None = None
+    ) -> Callable[..., Any]:
+        """The step of a loop as a function of the tensors among its constants and of its other arguments.
+
+        Args:
+            region: the step.
+            constants, tensors: the constants of the loop, and the positions of tensors among them.
+            graph: computes the same as the graph of the step; None: that graph.
+        """
         lines, self.lines = self.lines, []
-        inner = list(region.graph.nodes)
+        inner = list((graph or region.graph).nodes)
         placeholders = [n for n in inner if n.op == "placeholder"]
         varying = [placeholders[i] for i in tensors] + placeholders[len(constants) :]
         self._share(placeholders, constants)
@@ -436,6 +454,9 @@ class _Binder:
         operands = node.args[1:]
         if type(module) is nn.Linear:
             self._assign(node, self._linear(module, self._text(operands[0])))
+        elif type(module) is nn.Conv2d and operands and self._is_split(operands[0]):
+            convolution: Any = operands[0].args[-1]  # type: ignore[union-attr]
+            self._assign(node, self._call(convolve, (node.args[0], operands[0], convolution), {}))
         elif type(module) is nn.MaxPool2d and not module.return_indices:
             self._assign(node, self._max_pool(module, self._text(operands[0])))
         else:
@@ -444,6 +465,14 @@ class _Binder:
     def _linear(self, module: nn.Module, x: str) -> str:
         parameters = self._constant(module._parameters)
         return f"{self._constant(functional.linear)}({x}, {parameters}['weight'], {parameters}['bias'])"
+
+    def _is_split(self, images: Any) -> bool:
+        """Whether only a plain convolution reads images in its fastest format."""
+        if not isinstance(images, Node) or images.target is not fastest_format or len(images.users) != 1:
+            return False
+        (user,) = images.users
+        module = self.modules.get(user.args[0]) if user.target is call_module else None  # type: ignore[arg-type]
+        return type(module) is nn.Conv2d and user.args[1:] == (images,) and not user.kwargs
 
     def _max_pool(self, module: nn.MaxPool2d, x: str) -> str:
         attributes = self._constant(vars(module))

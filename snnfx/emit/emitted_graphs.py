@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast
 
 from torch import Tensor, fx, nn
 
+from snnfx.analysis.first_step_match import match_first_step
 from snnfx.emit.arguments import Arguments
 from snnfx.emit.compiled_graph import compile_graph
 from snnfx.emit.emitter import Emitted
@@ -22,6 +23,7 @@ from snnfx.emit.single_step import emit_single_step
 from snnfx.ir.history import History
 from snnfx.ir.options import ConvertOptions
 from snnfx.ir.pass_manager import run_emission
+from snnfx.ir.printing import describe_node
 from snnfx.ir.program import SELF_TARGET, StepProgram
 from snnfx.ops.run_loop import LoopHandle
 from snnfx.sandbox.torch_internals import pytree
@@ -58,6 +60,7 @@ class EmittedGraphs:
         runners: functions that run the graphs, by `(training, part)`.
         shown: the graph of each mode that users see.
         is_replaced: whether a user replaced a graph.
+        separate_statistics: mode -> the norms that take statistics of their own at the first step, and the reason.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class EmittedGraphs:
         self.runners: dict[tuple[bool, str], Callable[..., Any]] = {}
         self.shown: dict[bool, fx.Graph] = {}
         self.is_replaced = False
+        self.separate_statistics: dict[bool, tuple[str, str]] = {}
         self._all_programs = [q for p in programs.values() for q in (p, p.first_step) if q is not None]
 
     def emit(self) -> None:
@@ -117,7 +121,11 @@ class EmittedGraphs:
         if options.step_mode == "m" and not needs_state and _is_plain_structure(program.output_spec):
             self._take(mode, "plain", label, emit_without_state)
         first, label = program.first_step, f"{label}_first"
-        if first is not None:
+        match = match_first_step(program) if options.step_mode == "m" else None
+        if match is not None and match.refusal:
+            names = ", ".join(f"`{name}`" for name in dict.fromkeys(map(describe_node, match.norms)))
+            self.separate_statistics[mode] = names, match.refusal
+        if first is not None and (match is None or match.refusal):
             self._take(mode, "first", label, lambda: emit_single_step(first, f"{REGIONS}.{label}", self.target_name))
 
     def iterations(self, mode: bool) -> fx.Graph | None:

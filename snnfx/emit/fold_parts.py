@@ -19,23 +19,24 @@ from torch.fx import Node, map_arg
 
 from snnfx.analysis.batch.rule_lookup import find_rule
 from snnfx.analysis.dependence import is_random, may_be_random, operands_through_sizes
+from snnfx.analysis.first_step_match import match_first_step
 from snnfx.analysis.lowerable_loops import mixing_node, reason_against_kernel
+from snnfx.analysis.statistics_over_time import takes_batch_statistics
 from snnfx.emit.emitter import TargetName
 from snnfx.emit.multi_step import emit_multi_step
 from snnfx.emit.plain_graph import emit_plain
 from snnfx.emit.region_builder import same_for_all_samples
 from snnfx.functional import seq_to_ann_forward
 from snnfx.ir.facts import BATCH_DIM, BATCH_SIZES, REFUSAL, REGION_NAME, STEP_NODE, STEP_REFUSAL, VARYING
-from snnfx.ir.module_effects import keeps_statistics, statistics_of_function
+from snnfx.ir.module_effects import statistics_of_function
 from snnfx.ir.nodes import is_size, takes_from_tuple
 from snnfx.ir.program import Region, StepProgram
 from snnfx.ops.operator_lookup import traits_of_name
 from snnfx.ops.step_batch_norm import batch_norm_per_step
 from snnfx.recompute.batch_statistics import batch_statistics, normalize, step_statistics
-from snnfx.sandbox.torch_internals import BatchNormBase
 from snnfx.state.leaf_modules import has_torch_forward
 
-__all__ = ["LIGHT", "NORM", "PRODUCT", "FoldPart", "emit_parts", "split_folds", "takes_batch_statistics"]
+__all__ = ["LIGHT", "NORM", "PRODUCT", "FoldPart", "emit_parts", "split_folds"]
 
 LIGHT, PRODUCT, NORM = "light", "product", "norm"
 
@@ -62,10 +63,15 @@ class FoldPart:
 
 def split_folds(program: StepProgram) -> list[FoldPart]:
     """The regions of a partitioned program with its folds split into parts, in execution order."""
-    return [part for region in program.regions for part in _parts_of(program, region)]
+    match = match_first_step(program)
+    # The first step of such a loop is another graph, which may mix samples.
+    whole = match.loops if match is not None else {}
+    return [part for region in program.regions for part in _parts_of(program, region, region.name in whole)]
 
 
-def _parts_of(program: StepProgram, region: Region) -> list[FoldPart]:
+def _parts_of(program: StepProgram, region: Region, is_whole: bool) -> list[FoldPart]:
+    if is_whole:
+        return [FoldPart(region, "")]
     if region.kind == "fold":
         return _Fold(program, region).parts()
     if region.kind == "map" and len(region.nodes) == 1 and _takes_statistics_of_steps(region.nodes[0]):
@@ -201,17 +207,6 @@ def _is_batch_norm(program: StepProgram, node: Node) -> bool:
     if node.op != "call_module" or not isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
         return False
     return has_torch_forward(module) and len(node.args) == 1 and not node.kwargs
-
-
-def takes_batch_statistics(program: StepProgram, node: Node) -> bool:
-    """Whether a node takes batch statistics in training, so that its time steps depend on each other."""
-    module = program.module_of(node)
-    if module is not None and any(isinstance(m, BatchNormBase) for m in module.modules()):
-        return True
-    if keeps_statistics(program, node):
-        return True
-    rule = find_rule(node, program.resolve)
-    return rule is not None and traits_of_name(rule.name).statistics
 
 
 def _is_product(program: StepProgram, node: Node) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 from torch.fx import Node
 
+from snnfx.analysis.first_step_match import match_first_step
 from snnfx.analysis.foldable_loops import folds_when_cut, is_trace_loop
 from snnfx.analysis.statistic_reads import is_statistic_read
 from snnfx.emit.emitter import Emitted, Emitter, TargetName
@@ -36,7 +37,7 @@ from snnfx.ops.sequence_functions import (
 from snnfx.ops.statistics import read_statistic
 from snnfx.ops.step_batch_norm import batch_norm_per_step
 from snnfx.regions.region_kernels import RegionKernels
-from snnfx.regions.region_modules import LoopRegion, MapRegion
+from snnfx.regions.region_modules import LoopRegion, MapRegion, PeeledLoopRegion
 from snnfx.regions.sequence_region import RegionGraph
 from snnfx.regions.truncated_loop import CutLoopRegion, TraceRegion
 
@@ -83,6 +84,8 @@ class MultiStepEmitter(Emitter):
         self.initial_of = dict(zip((s.name for s in program.slots), program.initial_values, strict=True))
         self.loop_calls: dict[str, tuple[Node, int]] = {}
         self.reduced: dict[Node, Node] = {}
+        match = match_first_step(program)
+        self.first_steps = {} if match is None else match.loops
         self.builders = {region.name: self._builder(region) for region in program.regions}
         self.read_outside = self._nodes_read_outside()
 
@@ -90,7 +93,9 @@ class MultiStepEmitter(Emitter):
         # A loop whose state edges were all cut is folded over time.
         folds = folds_when_cut(self.program, region) or None
         builder = RegionBuilder(self.program, region.nodes, region.slots, folds=folds)
-        if region.kind == "loop":
+        if region.name in self.first_steps:
+            builder.add_first_step(self.first_steps[region.name])
+        elif region.kind == "loop":
             builder.add_initial_values(region.slots)
         return builder
 
@@ -185,12 +190,13 @@ class MultiStepEmitter(Emitter):
             if isinstance(module, LoopRegion):
                 next_states = [self.next_of[slot] for slot in region.slots]
                 make_start = functools.partial(self._start_of_loop, region, builder, next_states)
-                module.make_start = make_start if region.slots else None
+                is_peeled = isinstance(module, PeeledLoopRegion)
+                module.make_start = make_start if region.slots and not is_peeled else None
                 if region.lowering_refusal == "":
                     module.kernels = RegionKernels(
                         module.label,
                         module.step,
-                        module.first,
+                        None if is_peeled else module.first,  # the kernels run the later steps
                         make_start,
                         by_events=any(LOOP_EVENTS.of(node) for node in region.nodes),
                     )
@@ -210,6 +216,11 @@ class MultiStepEmitter(Emitter):
             step = builder.graph_module(output_nodes, next_states, region.slots, extra_input=extra)
             if not region.slots:
                 return LoopRegion(_label(region), step, None)
+            if region.name in self.first_steps:
+                assert self.program.first_step is not None
+                peeled = self.first_steps[region.name]
+                first = builder.first_step_graph(self.program.first_step, peeled, output_nodes, region.slots)
+                return PeeledLoopRegion(_label(region), step, first)
             first = builder.graph_module(output_nodes, next_states, region.slots, first=True, extra_input=extra)
             if is_trace_loop(region):
                 leak = region.nodes[-1].args[2]

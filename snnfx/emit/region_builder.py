@@ -15,6 +15,7 @@ from torch.fx import Node, map_arg
 
 from snnfx.analysis.batch_norm_folding import layer_of_norm
 from snnfx.analysis.dependence import analyse_dependence
+from snnfx.analysis.first_step_match import FirstStepOfLoop
 from snnfx.analysis.image_operations import (
     convolution_of,
     image_of,
@@ -86,6 +87,48 @@ class RegionBuilder:
         by_slot = dict(zip((s.name for s in self.program.slots), self.program.initial_values, strict=True))
         self.stop |= {n for r in self.program.regions for n in r.nodes} or set(self.inside)
         self.add_values([by_slot[slot] for slot in slots])
+
+    def add_first_step(self, step: FirstStepOfLoop) -> None:
+        """Add the modules, attributes and values that a first step of other operations reads."""
+        self.constants.update(dict.fromkeys(str(node.target) for node in step.nodes if node.op == "call_module"))
+        known = {key.target for key in self.constants if isinstance(key, Node)}
+        self.constants.update(dict.fromkeys(node for node in step.attributes if node.target not in known))
+        for node in step.reads.values():
+            self._need(node)
+
+    def first_step_graph(
+        self, first: StepProgram, step: FirstStepOfLoop, outputs: Sequence[Node], slots: Sequence[str]
+    ) -> RegionGraph:
+        """The graph `(*constants, *inputs) -> (outputs, next states)` of a first step of other operations.
+
+        Args:
+            first: the program of the first step.
+            step: the part of it that the loop computes.
+            outputs: the nodes of the later steps whose values the loop returns.
+            slots: the slots of the loop.
+        """
+        graph = fx.Graph()
+        given: dict[Node, Node] = {}
+        modules: dict[str, Node] = {}
+        for key in (*self.constants, *self.input_nodes):
+            placeholder = add_placeholder(graph, key if isinstance(key, str) else key.name)
+            if isinstance(key, str):
+                modules[key] = placeholder
+            else:
+                given[key] = placeholder
+        if not self.input_nodes:
+            add_placeholder(graph, "time")
+        attributes = {node.target: value for node, value in given.items() if node.op == "get_attr"}
+        env: dict[Node, Any] = {node: given[source] for node, source in step.reads.items()}
+        env.update({node: attributes[node.target] for node in step.attributes})
+        readers = {SLOT.of(node): node for node in step.nodes if SLOT.is_known(node)}
+        copier = _Copier(graph, env, modules, first, readers, {})
+        copier.keep_order_of_updates(step.nodes)
+        for node in step.nodes:
+            copier.copy(node)
+        results = tuple([copier.copy(step.counterparts[node]) for node in outputs])
+        graph.output((results, tuple([copier.argument(step.next_states[slot]) for slot in slots])))
+        return RegionGraph(nn.Module(), graph, class_name="RegionGraph")
 
     def add_values(self, values: Iterable[Any]) -> None:
         """Compute further values in the region, back to `stop`, placeholders and attributes."""

@@ -9,6 +9,7 @@ from torch.fx import Node, map_arg
 
 from snnfx.analysis.batch_norm_folding import layer_of_norm, unfolded_batch_norms
 from snnfx.analysis.dependence import is_random
+from snnfx.analysis.first_step_match import match_first_step
 from snnfx.analysis.lowerable_loops import mixing_node
 from snnfx.analysis.statistic_reads import is_statistic_read, statistic_of
 from snnfx.inspect.computing_nodes import NodeKey, is_computing, nodes_by_key
@@ -53,7 +54,9 @@ def first_step_differs(program: StepProgram) -> str:
     if program.first_step is None:
         return ""
     first, later = nodes_by_key(program.first_step), nodes_by_key(program)
-    text = "The first step differs from the later steps and runs in a separate graph (SNNFX212)."
+    match = match_first_step(program)
+    graph = f"graph of {_and(match.loops)}" if match is not None and match.loops else "graph"
+    text = f"The first step differs from the later steps and runs in a separate {graph} (SNNFX212)."
     only_first, only_later = _missing(first, later), _missing(later, first)
     if only_first:
         text += f" Only in the first step: {_and(only_first)}."
@@ -90,8 +93,12 @@ def batch_norm_semantics(net: Net) -> Iterator[str]:
     """The statistics that BatchNorm layers use in training, by kind of their region in the training program."""
     program = net.programs[True]
     names: dict[str, list[str]] = {}
+    match = match_first_step(program)
+    apart = match.norms if match is not None and match.refusal and net.options.step_mode == "m" else []
     for region in program.regions:
         for node in region.nodes:
+            if node in apart:
+                continue
             if node.op == "call_module" and isinstance(program.resolve(str(node.target)), BatchNormBase):
                 names.setdefault(region.kind, []).append(f"`{node.target}`")
     if "fold" in names:
@@ -99,6 +106,12 @@ def batch_norm_semantics(net: Net) -> Iterator[str]:
             f'BatchNorm in {_and(names["fold"])}: training uses statistics over all T*N samples (batch_norm="fold"), '
             'as is usual for multi-step SNNs; batch_norm="per_step" uses the statistics of each time step, as the '
             "stepped model does. Evaluation mode is the same for both."
+        )
+    if match is not None and apart:
+        norms = _and(f"`{describe_node(node)}`" for node in apart)
+        yield (
+            f"BatchNorm in {norms}: training uses the statistics of the first step for the first step, and those of "
+            f"all later steps for the later steps (SNNFX224: {match.refusal})."
         )
     stepped: dict[str, list[str]] = {}
     for name, reason in unfolded_batch_norms(program).items():

@@ -25,4 +25,4 @@ def image_formats(program: StepProgram) -> Iterator[str]:
             names.setdefault((choice.name, choice.reason), []).append(f"`{describe_node(node)}`")
     for (name, reason), nodes in names.items():
         listed = f"{', '.join(nodes[:-1])} and {nodes[-1]}" if len(nodes) > 1 else nodes[0]
-        yield f"Images are {name} in {listed} ({reason})."
+        yield f"Images are {'row-major' if name == 'one by one' else name} in {listed} ({reason})."

@@ -10,24 +10,29 @@ from torch.fx import Node
 from torch.nn import functional
 from torch.nn.utils.spectral_norm import SpectralNorm
 
-from snnfx.ir.program import StepProgram
+from snnfx.ir.program import SELF_TARGET, StepProgram
+from snnfx.ir.setting_read import SettingRead
 from snnfx.sandbox.torch_internals import NormBase, SpectralNormParametrization
 from snnfx.state.step_calls import call_opaque, call_stateful
 
 __all__ = [
     "estimates_weights",
+    "flags_of_updates",
     "has_effects",
     "has_in_place_flag",
     "keeps_statistics",
     "statistics_of_function",
     "updated_buffers",
     "updates_buffers",
+    "updating_parts",
 ]
 
 
 def updates_buffers(program: StepProgram, node: Node) -> bool:
     """Whether the call updates buffers in the mode of the program, so that it is needed without readers."""
-    return (program.training and keeps_statistics(program, node)) or bool(statistics_of_function(node))
+    if keeps_statistics(program, node):
+        return program.training or any(program.trains(part) for _, part in updating_parts(program, node))
+    return bool(statistics_of_function(node))
 
 
 def has_effects(program: StepProgram, node: Node) -> bool:
@@ -80,11 +85,38 @@ def keeps_statistics(program: StepProgram, node: Node) -> bool:
     )
 
 
+def updating_parts(program: StepProgram, node: Node) -> list[tuple[str, nn.Module]]:
+    """The modules in the called one that update their buffers if they are in training mode, by qualified name."""
+    module = program.module_of(node)
+    if module is None:
+        return []
+    called = node.target if node.op == "call_module" else node.args[0].target  # type: ignore[union-attr]
+    owner = "" if called == SELF_TARGET else str(called)
+    return [(f"{owner}.{name}".strip("."), part) for name, part in module.named_modules() if _updates_itself(part)]
+
+
+def flags_of_updates(program: StepProgram, node: Node) -> list[SettingRead]:
+    """Setting reads of the `training` flags that decide whether a call updates buffers."""
+    parts = updating_parts(program, node) if str(node.target) not in program.constants else []
+    flags = [(name, program.mode_of(part)) for name, part in parts]
+    return [SettingRead(name, "training", flag, str(flag)) for name, flag in flags]
+
+
+def _updates_itself(part: nn.Module) -> bool:
+    if isinstance(part, NormBase):
+        return part.running_mean is not None
+    return isinstance(part, SpectralNormParametrization) or _has_hook_of_spectral_norm(part)
+
+
+def _has_hook_of_spectral_norm(module: nn.Module) -> bool:
+    return any(isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values())
+
+
 def estimates_weights(module: nn.Module) -> bool:
     """Whether each call does one step of power iteration on the weight (spectral normalisation)."""
     if any(isinstance(part, SpectralNormParametrization) for part in module.modules()):
         return True
-    return any(isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values())
+    return _has_hook_of_spectral_norm(module)
 
 
 def has_in_place_flag(program: StepProgram, node: Node) -> bool:

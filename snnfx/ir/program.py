@@ -248,6 +248,8 @@ class StepProgram:
         """The object named by a get_attr or call_module target."""
         if target in self.constants:
             return self.constants[target]
+        if self.first_step is not None and target in self.first_step.constants:
+            return self.first_step.constants[target]  # of another name than those of the later steps
         target = target.removeprefix(START_PREFIX)
         found: Any = self.source
         if target == SELF_TARGET:
@@ -312,6 +314,13 @@ class StepProgram:
     def mode_of(self, module: nn.Module) -> bool:
         """Whether a layer trains in this program: its own flag if the model is in the program's mode."""
         return module.training if self.source.training == self.training else self.training
+
+    def trains(self, module: nn.Module) -> bool:
+        """Whether a layer trains in this program: its recorded flag, or else its mode."""
+        for read in self.setting_reads:
+            if read.name == "training" and self.source.get_submodule(read.owner) is module:
+                return bool(read.value)
+        return self.mode_of(module)
 
     def copy(self) -> StepProgram:
         """A copy with its own graph and equal node names; the source model and constants are shared."""

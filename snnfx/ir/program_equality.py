@@ -28,11 +28,18 @@ def is_same_plan(a: StepProgram, b: StepProgram) -> bool:
         return False
     if not all(_is_same_node(m, n) for m, n in zip(a.graph.nodes, b.graph.nodes, strict=True)):
         return False
+    if _flags(a) != _flags(b):
+        return False  # the emitted order of calls depends on the layers that update buffers
     if _regions(a) != _regions(b) or not _is_same(_initial_attributes(a), _initial_attributes(b)):
         return False
     if a.first_step is None or b.first_step is None:
         return a.first_step is b.first_step
     return is_same_plan(a.first_step, b.first_step)
+
+
+def _flags(program: StepProgram) -> dict[str, Any]:
+    """The `training` flags of layers that the plan depends on."""
+    return {read.owner: read.value for read in program.setting_reads if read.name == "training"}
 
 
 def has_same_nodes(a: StepProgram, b: StepProgram) -> bool:

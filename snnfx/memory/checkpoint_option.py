@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from snnfx.analysis.statistics_over_time import takes_batch_statistics
 from snnfx.emit.executable import Executable
-from snnfx.emit.fold_parts import takes_batch_statistics
 from snnfx.emit.recompute_segments import RecomputePlan, segments_of
 from snnfx.errors import InputError, warn_once
 from snnfx.ir.options import ConvertOptions

@@ -10,7 +10,7 @@ from torch import Tensor
 from snnfx.lowering.elementwise.bound_step import BoundStep
 from snnfx.lowering.events.spike_bits import SpikeBits
 from snnfx.lowering.events.spike_readers import SpikeReader
-from snnfx.regions.bound_loop import MOST_BINDINGS, BoundLoop, Results
+from snnfx.regions.bound_loop import MOST_BINDINGS, BoundLoop, FlatSteps, Results
 from snnfx.regions.eager_regions import EagerLoop
 
 __all__ = ["BitResults", "BoundBitLoop"]
@@ -24,14 +24,19 @@ class BoundBitLoop:
     While all readers run by events, the output is a `SpikeBits`; otherwise the loop runs as a `BoundLoop`.
 
     Args:
-        region, constants, with_finals: as for `BoundLoop`; no constant is a tensor.
+        region, constants, with_finals, steps: as for `BoundLoop`; no constant is a tensor.
         readers: the layers that read the output.
     """
 
     def __init__(
-        self, region: EagerLoop, constants: Sequence[Any], readers: Sequence[SpikeReader], with_finals: bool = True
+        self,
+        region: EagerLoop,
+        constants: Sequence[Any],
+        readers: Sequence[SpikeReader],
+        with_finals: bool = True,
+        steps: FlatSteps | None = None,
     ) -> None:
-        self.loop = BoundLoop(region, constants, (), with_finals)
+        self.loop = BoundLoop(region, constants, (), with_finals, steps)
         self.readers = tuple(readers)
         self.step: BoundStep | None = None
         self.bindings = 0

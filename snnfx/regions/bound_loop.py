@@ -37,18 +37,23 @@ class FlatSteps:
         step: `(*tensors among the constants, *inputs, state) -> (outputs, state)`.
         first: the same from the reset state, without the argument `state`; None: `step` with state None.
         structures: whether outputs may be structures.
+        first_by_kernels: `first`, with kernels for the neurons.
     """
 
     step: Callable[..., Any]
     first: Callable[..., Any] | None
     structures: bool
+    first_by_kernels: Callable[..., Any] | None = None
 
-    def run(self, x_seq: Sequence[Tensor], given: Sequence[Tensor], state: State = None) -> Results:
+    def run(
+        self, x_seq: Sequence[Tensor], given: Sequence[Tensor], state: State = None, by_kernels: bool = False
+    ) -> Results:
         """Run all steps of a sequence: `(outputs [T, *], state)`."""
+        first = self.first_by_kernels if by_kernels else self.first
         outputs: list[tuple[Tensor, ...]] = []
         for x in zip(*(unbind_steps(x) for x in x_seq), strict=True):
-            if state is None and self.first is not None:
-                y, state = self.first(*given, *x)
+            if state is None and first is not None:
+                y, state = first(*given, *x)
             else:
                 y, state = self.step(*given, *x, state)
             outputs.append(y)
@@ -97,7 +102,7 @@ class BoundLoop:
         if not all(type(tensor) in _PLAIN for tensor in given):
             return None
         if self.step is None or self._prefers_steps(x_seq, state):
-            return None if self.steps is None else self.steps.run(x_seq, given, state)
+            return None if self.steps is None else self.steps.run(x_seq, given, state, self.step is not None)
         if isinstance(self.step, BoundMixedLoop):
             return self.step.run(x_seq, constants, given, state)
         return None if state is not None else self.step.run(x_seq, constants, given)

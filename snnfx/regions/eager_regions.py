@@ -58,16 +58,30 @@ class EagerLoop(SequenceRegion):
         self, x_seq: tuple[Tensor, ...], state: tuple[Any, ...] | None, constants: tuple[Any, ...]
     ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
         """Run the kernel of the region or, without one, the steps in a Python loop: `(outputs [T, *], state)`."""
-        results = None if self.kernels is None else self.kernels.run(x_seq, state, constants, self._step_by_step)
+        results = None if self.kernels is None else self.kernels.run(x_seq, state, constants, self.steps_to_measure)
         return self._step_by_step(x_seq, state, constants) if results is None else results
 
-    def _step_by_step(
+    def steps_to_measure(
         self, x_seq: Sequence[Tensor], state: Sequence[Any] | None, constants: Sequence[Any]
     ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+        """Run the steps in a Python loop as calls do that were measured to be faster so."""
+        return self._step_by_step(x_seq, state, constants)
+
+    def _step_by_step(
+        self,
+        x_seq: Sequence[Tensor],
+        state: Sequence[Any] | None,
+        constants: Sequence[Any],
+        first: Callable[..., Any] | None = None,
+    ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+        """Run the steps in a Python loop; `first` runs the first one from the reset state."""
         outputs: list[tuple[Tensor, ...]] = []
         step = self.step.forward  # not step(...): module calls and their wrappers cost more than a small step
         for x in zip(*(unbind_steps(x) for x in x_seq), strict=True):
-            y, state = self.forward(*constants, *x, None) if state is None else step(*constants, *x, state)
+            if state is not None:
+                y, state = step(*constants, *x, state)
+            else:
+                y, state = self.forward(*constants, *x, None) if first is None else first(*constants, *x)
             outputs.append(y)
         device, structures = x_seq[0].device, self.may_return_structures
         return tuple(stack_steps(y, device, structures) for y in zip(*outputs, strict=True)), state  # type: ignore[return-value]

@@ -139,15 +139,16 @@ class Execution:
     ) -> tuple[Flat, State, Flat]:
         executable = self.executable
         run = self._recordings.runner(record) if record else self.plans.runner("main", leaves, T, state)
-        run_first = executable.graph_runner("first") if self.persistent.is_reset(state) else None
+        starts_from_reset = self.persistent.is_reset(state)
+        if record and starts_from_reset and executable.program.first_step is not None:
+            raise InputError(
+                "SNNFX311",
+                "record= needs an explicit state for this model",
+                why="its first step runs a different graph from the later steps.",
+                hint="Run one step first: _, state = net.run(x_seq[:1]); then record the rest with state=state.",
+            )
+        run_first = executable.graph_runner("first") if starts_from_reset else None
         if run_first is not None:
-            if record:
-                raise InputError(
-                    "SNNFX311",
-                    "record= needs an explicit state for this model",
-                    why="its first step runs a different graph from the later steps.",
-                    hint="Run one step first: _, state = net.run(x_seq[:1]); then record the rest with state=state.",
-                )
             root = executable.root
             first, later = functools.partial(run_first, root), functools.partial(run, root)
             return *self._run_first_separately(first, later, leaves, state, T), ()
@@ -172,6 +173,15 @@ class Execution:
             if all(isinstance(y, Tensor) for y in outputs):
                 return tuple([y.unsqueeze(0) for y in outputs]), state
             return pytree.tree_map_only(Tensor, lambda y: y.unsqueeze(0), outputs), state
+        executable = self.executable
+        if executable.training and True in executable.graphs.separate_statistics:
+            names, reason = executable.graphs.separate_statistics[True]
+            warn_once(
+                "SNNFX224",
+                f"training takes the batch statistics of {names} at the first step and over the later steps "
+                f'separately, because {reason}. Convert with batch_norm="per_step", or give the state that is None at '
+                "the first step an initial value, e.g. torch.zeros_like(x).",
+            )
         time = torch.arange(1, T, device=leaves[0].device)
         rest, state, _ = run_rest(*arguments.from_step(leaves, 1), state, time)
         if reduce is not None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from snnfx.ir import guards as ir
 from snnfx.ir.guards import ABSENT, CellRoot, FunctionRoot, Guard, ModuleRoot, NamespaceRoot
 from snnfx.ir.program import StepProgram
+from snnfx.runtime.watched_reads import WatchedReads
 from snnfx.sandbox.torch_internals import (
     are_transforms_active,
     disable_dispatch_modes,
@@ -39,11 +40,21 @@ class GuardCheck:
         self._reads = [*guards.reads, *flags]
         self._tree_is_current = guards.tree.is_current if guards.tree is not None else lambda: True
         self._first_failure = _compiled(self._reads, model)
+        self._watched = WatchedReads(self._reads, lambda reads: _compiled(reads, model))
         self._modes = [(name, ir.MODES[name], value) for name, value in guards.modes.items()]
 
     def holds(self) -> bool:
         """Whether every guard holds."""
-        return not self.guards.stale and self._tree_is_current() and self._first_failure() < 0
+        return not self.guards.stale and self._tree_is_current() and self._reads_hold()
+
+    def _reads_hold(self) -> bool:
+        if self._watched.are_unchanged():
+            return True
+        self._watched.update()  # before the tests, so that it misses no change of another thread
+        if self._first_failure() < 0:
+            return True
+        self._watched.forget()
+        return False
 
     def modes(self) -> tuple[Any, ...] | None:
         """The current values of the modes that the model's code reads; None if they are those of the capture."""
@@ -170,14 +181,17 @@ def _failure(test: str, v: str, expected: Any, constant: Callable[[Any], str]) -
         return f"{v}.__class__ is not {constant(expected[0])} or {measured} != {constant(expected[1])}"
     if test == "contents":
         fails = f"{v}.__class__ is not {constant(type(expected))} or {v} != {c}"
-        if isinstance(expected, set | frozenset):
+        if isinstance(expected, frozenset):
+            return f"{v} is not {c} and ({fails})"
+        if isinstance(expected, set):
             return fails
         if isinstance(expected, dict):
             fails += f" or [*{v}] != {constant([*expected])}"
         # Numbers of different types are equal.
         elements = f"{v}.values()" if isinstance(expected, dict) else v
         types = [*map(type, expected.values() if isinstance(expected, dict) else expected)]
-        return f"{fails} or [*map(type, {elements})] != {constant(types)}"
+        fails += f" or [*map(type, {elements})] != {constant(types)}"
+        return f"{v} is not {c} and ({fails})" if isinstance(expected, tuple) else fails
     if test == "some":
         return f"{v} is None or {v} is ABSENT"
     if test == "array":

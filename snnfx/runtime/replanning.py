@@ -84,14 +84,15 @@ def _planned_again(net: Net, leaves: list[Tensor], given: dict[str, Any]) -> Net
             "included; the net is planned again for them and may map regions instead of folding them. Pass "
             "example_inputs to plan once.",
         )
-    args, kwargs = _example(net, arguments.at_step(leaves, 0), given)
+    steps = arguments.at_step(leaves, 0)
+    args, kwargs = _example(net, steps, given)
     try:
         with _first_attributes(net):
             return net._replan(net, args, kwargs)
     except CaptureError as error:
         sizes = arguments.batch_sizes(leaves)
-        if len(set(sizes.values())) < 2:
-            raise
+        if len(set(sizes.values())) < 2 or not _can_be_planned(net, _with_equal_batches(steps), given):
+            raise  # the sizes are not the cause
         raise InputError(
             "SNNFX303",
             "the batch sizes of the inputs differ",
@@ -99,6 +100,24 @@ def _planned_again(net: Net, leaves: list[Tensor], given: dict[str, Any]) -> Net
             why=f"one step of the model fails with them: {error.why or error.what}",
             hint="Give all inputs the same batch size.",
         ) from error
+
+
+def _with_equal_batches(steps: list[Tensor]) -> list[Tensor]:
+    """The inputs of one step with the smallest batch among them, in their memory formats."""
+    least = min(x.shape[0] for x in steps if x.dim() > 0)
+    return [x[:least] if x.dim() > 0 else x for x in steps]
+
+
+def _can_be_planned(net: Net, steps: list[Tensor], given: dict[str, Any]) -> bool:
+    """Whether a net can be planned for these inputs of one step."""
+    assert net._replan is not None
+    args, kwargs = _example(net, steps, given)
+    try:
+        with _first_attributes(net):
+            net._replan(net, args, kwargs)
+    except CaptureError:
+        return False
+    return True
 
 
 def net_for_modes(net: Net, modes: tuple[Any, ...], leaves: list[Tensor], given: dict[str, Any]) -> Net:

@@ -21,6 +21,7 @@ import torch.utils.checkpoint
 from torch import fx, nn
 from torch._C import _AutoDispatchBelowAutograd as BelowAutograd
 from torch._C import _ForceDispatchKeyGuard as DispatchKeyGuard
+from torch._C._dynamo.guards import dict_version
 from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -86,6 +87,7 @@ __all__ = [
     "current_autograd_node",
     "current_backward_pass",
     "decompositions",
+    "dict_version",
     "disable_dispatch_modes",
     "dispatch_mode_count",
     "excluded_dispatch_keys",

@@ -344,6 +344,53 @@ def test_unequal_batches() -> None:
         assert_same(net(sequence(), sequence()), 2 * sequence())
 
 
+class Flattened(nn.Module):
+    """Takes images and another input of any batch size."""
+
+    def __init__(self, reshaped: bool = False) -> None:
+        super().__init__()
+        self.lif, self.reshaped = neuron.LIFNode(v_threshold=0.3), reshaped
+
+    def forward(self, x: Tensor, w: Tensor) -> Any:
+        y = x.reshape(x.shape[0], -1) if self.reshaped else x.view(x.shape[0], -1)
+        return self.lif(y), w * 2
+
+
+@pytest.mark.parametrize("others", [N, N + 3], ids=["equal batches", "other batches"])
+def test_a_view_of_images_in_channels_last_format(others: int) -> None:
+    x, w = sequence(T, N, 5, 6, 2).permute(0, 1, 4, 2, 3), sequence(T, others, C)
+    error = refused(
+        "SNNFX225",
+        "capture/example_values.py:ExampleValues._refuse_memory_format",
+        "Use `reshape`, which copies if necessary, instead of `view`",
+        lambda: snnfx.convert(Flattened(), example_inputs=(x[0], w[0]))(x, w),
+        names="`view`",
+        at="x.view(",
+    )
+    assert "shape [2, 2, 5, 6] and strides (60, 1, 12, 2)" in str(error)
+    with silent():
+        assert_converts(Flattened(reshaped=True), x, w, examples=True)
+
+
+def test_a_view_of_images_in_another_format_than_the_example_inputs_with_unequal_batches() -> None:
+    x, w = sequence(T, N, 2, 5, 6), sequence(T, N + 3, C)
+    net = snnfx.convert(Flattened(), example_inputs=(x[0], w[0, :N]))
+    assert_same(net(x, w), run_stepped(Flattened(), x, w).outputs)
+    with pytest.raises(snnfx.errors.CaptureError, match=r"SNNFX225 `view` fails on the memory format"):
+        snnfx.convert(Flattened(), example_inputs=(x[0], w[0, :N]))(
+            x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3), w
+        )
+
+
+def test_unequal_batches_are_not_blamed_for_another_failure() -> None:
+    class Fails(nn.Module):
+        def forward(self, a: Tensor, b: Tensor) -> Any:
+            return a.view(a.shape[0], 7), b
+
+    with pytest.raises(snnfx.errors.CaptureError, match=r"SNNFX201 .* fails at `view`"):
+        snnfx.convert(Fails())(sequence(), sequence(T, N + 1, C))
+
+
 class ReadsSetting(nn.Module):
     def __init__(self, tau: Any = 2.0) -> None:
         super().__init__()

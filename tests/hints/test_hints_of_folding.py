@@ -506,3 +506,36 @@ def test_a_batch_norm_on_a_cycle() -> None:
         y_seq = snnfx.convert(model)(sequence())
     normal = nn.BatchNorm1d(C)(model.fc(sequence()).flatten(0, 1)).unflatten(0, (T, N))
     assert_same(y_seq.detach(), normal.cumsum(0).detach())
+
+
+class NormOfMaximum(nn.Module):
+    """The first step differs in a value without a cycle through time."""
+
+    def __init__(self, initial: bool = False) -> None:
+        super().__init__()
+        self.bn, self.initial = nn.BatchNorm1d(C), initial
+        self.before: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.initial and self.before is None:
+            self.before = torch.zeros_like(x)
+        y = x if self.before is None else torch.maximum(x, self.before)
+        self.before = x
+        return self.bn(y)
+
+
+def test_batch_statistics_of_a_first_step() -> None:
+    net = snnfx.convert(NormOfMaximum(), example_inputs=sequence()[0])
+    warned(
+        "SNNFX224",
+        "runtime/execution.py:Execution._run_first_separately",
+        ". Convert with batch_norm=",
+        lambda: net(sequence()),
+        names="`bn`",
+    )
+    with silent():
+        assert_converts(NormOfMaximum(), sequence(), batch_norm="per_step")
+        y_seq = snnfx.convert(NormOfMaximum(initial=True), example_inputs=sequence()[0])(sequence())
+    before = torch.cat((torch.zeros(1, N, C), sequence()[:-1]))
+    normal = nn.BatchNorm1d(C)(torch.maximum(sequence(), before).flatten(0, 1)).unflatten(0, (T, N))
+    assert_same(y_seq.detach(), normal.detach())

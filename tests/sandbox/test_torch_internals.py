@@ -28,6 +28,52 @@ ROOT = Path(__file__).parents[2]
 SOURCES = sorted([*(ROOT / "snnfx").rglob("*.py"), *(ROOT / "passes").rglob("*.py")])
 
 
+# --- dicts
+
+
+def test_each_change_of_a_dict_changes_its_version() -> None:
+    values: dict[str, object] = {"a": 1}
+    versions = [internals.dict_version(values)]
+    for change in (
+        lambda: values.update(a=2),
+        lambda: values.update(b=2),
+        lambda: values.pop("a"),
+        lambda: values.update(b=2.0),
+        values.clear,
+    ):
+        change()
+        versions.append(internals.dict_version(values))
+    assert len({*versions}) == len(versions)
+    values.get("a")
+    assert internals.dict_version(values) == versions[-1]
+
+
+def test_attributes_that_a_hot_function_sets_change_the_version_of_their_dict() -> None:
+    class Counter:
+        count = 0
+
+    counter = Counter()
+    seen = set()
+
+    def increment() -> None:
+        counter.count += 1
+
+    for _ in range(200):  # from the first few calls on, the interpreter runs specialised code
+        increment()
+        seen.add(internals.dict_version(vars(counter)))
+    assert len(seen) == 200
+
+
+def test_global_variables_that_a_hot_function_sets_change_the_version_of_their_dict() -> None:
+    namespace: dict[str, Any] = {"count": 0}
+    exec("def increment():\n    global count\n    count += 1", namespace)
+    seen = set()
+    for _ in range(200):
+        namespace["increment"]()
+        seen.add(internals.dict_version(namespace))
+    assert len(seen) == 200
+
+
 # --- modes and transforms
 
 

@@ -57,6 +57,8 @@ class Model(snnfx.MemoryModule):
         return y
 
 net = snnfx.convert(Model())""",
+    "SNNFX224": _model("EXAMPLE", _BATCH + "\nnet(x_seq)", "self.before = None"),
+    "SNNFX225": _model("EXAMPLE\nreturn self.lif(y)"),
     "SNNFX212": _model("EXAMPLE\nself.h = 0.5 * y\nreturn y"),
     "SNNFX213": """
 EXAMPLE

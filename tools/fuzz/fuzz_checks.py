@@ -31,7 +31,7 @@ from snnfx.memory.checkpoint_option import plan_checkpoint
 from snnfx.memory.memory_model import NotPredictable
 from snnfx.regions import normed_loop
 
-CHECKS = "train eval fold checkpoint split chunk single batch effects again passes time_dim carry record invariant_off one_step changed replaced threads calls".split()
+CHECKS = "train eval fold checkpoint split chunk single batch effects again passes time_dim carry record invariant_off one_step changed replaced threads calls modes".split()
 """Names of the checks. The first three compare outputs, gradients and state; the others are metamorphic relations."""
 
 REGIONS_SEEN: collections.Counter[str] = collections.Counter()
@@ -568,6 +568,31 @@ def check_calls(model: nn.Module, s: Setting) -> None:
             for _ in range(r.choice((1, 4, 4))):
                 compare_call(net, reference, unbound, s, (layout, grad), f"{record}, {layout}, T={s.T}")
 
+
+def check_modes(model: nn.Module, s: Setting) -> None:
+    """A net in evaluation mode follows the modes of single layers, whether their results are read or not."""
+    r = random.Random(s.seed % 10**8)
+    source = clone_of(model, False)
+    layers = [name for name, module in source.named_modules() if isinstance(module, NORMS)]
+    if not layers:
+        raise Inapplicable("the model has no layer with running statistics")
+    net = None
+    for number in range(3):
+        for name in layers:
+            source.get_submodule(name).train(r.random() < 0.5)
+        plain = clone_of(model, False)
+        for name in layers:
+            plain.get_submodule(name).load_state_dict(source.get_submodule(name).state_dict())
+            plain.get_submodule(name).train(source.get_submodule(name).training)
+        expected = stacked(step_plain(plain, s, [x.requires_grad_() for x in s.sequences()]))
+        net = to_net(source, s, batch_norm="per_step") if net is None else net
+        same(f"outputs of call {number}", net(*s.sequences(), **s.extra), expected)
+        for name in layers:
+            statistics = (list(m.get_submodule(name).buffers()) for m in (source, plain))
+            same(f"buffers of {name} after call {number}", *statistics)
+
+
+NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 
 CHANGES = "mode mode freeze requires_grad layout layout steps no_grad copy settings parameter load hook unhook".split()
 LAYOUTS = "plain channels_last every_second batch_first repeated".split()

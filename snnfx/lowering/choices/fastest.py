@@ -16,12 +16,12 @@ __all__ = ["Choice", "Fastest"]
 _SECONDS = 0.01
 """Time of one measurement, about; a key is measured twice."""
 
-_MOST_SECONDS = 0.04
+_MOST_SECONDS = 0.03
 _SAFE_ROUNDS, _MOST_ROUNDS = 3, 5
 """Other processes may interrupt one or two rounds; the safe number is only for measurements below the most seconds."""
 
 _MARGIN = 0.9
-"""The part of the time of the fixed choice below which another one is worth a change."""
+"""Timings of two functions that are about as fast differ by so much."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,17 @@ class Fastest:
         stem: the beginning of the name of the file that keeps the measurements.
         names: the names of the functions.
         clock: returns the time in seconds.
+        margin: the part of the time of the fixed function below which another one is worth a change.
     """
 
-    def __init__(self, stem: str, names: tuple[str, ...], clock: Callable[[], float] = time.perf_counter) -> None:
-        self.names, self._clock = names, clock
+    def __init__(
+        self,
+        stem: str,
+        names: tuple[str, ...],
+        clock: Callable[[], float] = time.perf_counter,
+        margin: float = _MARGIN,
+    ) -> None:
+        self.names, self._clock, self._margin = names, clock, margin
         self.remembered: Remembered[str] = Remembered(
             stem,
             accept=lambda value: value if isinstance(value, str) and value in names else None,
@@ -86,8 +93,10 @@ class Fastest:
                 function()
                 if round_number:
                     best[name] = min(best[name], self._clock() - start)
+            if not round_number:
+                begin = self._clock()  # the first round may compile kernels for a second
             limit = _SECONDS if round_number >= _SAFE_ROUNDS else _MOST_SECONDS
             if round_number and self._clock() - begin > limit:
                 break
         fastest = min(best, key=lambda name: best[name])
-        return fastest if best[fastest] < _MARGIN * best[fixed] else fixed
+        return fastest if best[fastest] < self._margin * best[fixed] else fixed

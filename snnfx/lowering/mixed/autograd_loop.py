@@ -15,6 +15,9 @@ from snnfx.ops.first_derivatives import refuse_second_derivative
 
 __all__ = ["run_mixed"]
 
+_MOST_KEPT_BYTES = 1 << 20
+"""Bytes of the values that do not change with time, up to which the forward pass keeps them for backward."""
+
 
 def run_mixed(
     mixed: MixedStep,
@@ -49,7 +52,10 @@ class _Loop(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         x_seq, rest = tensors[:count], list(tensors[count:])
         states: list[Tensor | float] = [rest.pop(0) if n is None else n for n in numbers]
-        outputs, finals, saved = mixed.forward(x_seq, states, rest, needs)
+        invariants = mixed.invariants(rest)
+        outputs, finals, saved = mixed.forward(x_seq, states, rest, needs, invariants)
+        # Backward computes large ones again instead of keeping their memory.
+        ctx.invariants = invariants if sum([t.nbytes for t in invariants.values()]) <= _MOST_KEPT_BYTES else None
         plan = mixed.training(needs).plan
         inputs = [x_seq[i] for i in plan.inputs]
         ctx.mixed, ctx.needs, ctx.T, ctx.numbers = mixed, needs, x_seq[0].shape[0], numbers
@@ -75,10 +81,11 @@ class _Loop(torch.autograd.Function):
         constants = tensors[n_inputs : n_inputs + n_constants]
         saved = tensors[n_inputs + n_constants :]
         count, T, shapes, numbers = len(mixed.recording.outputs), ctx.T, ctx.shapes, ctx.numbers
+        invariants = ctx.invariants
 
         def backward(of_results: Sequence[Tensor | None]) -> list[Tensor | None]:
             grad_x, grad_states, grad_constants = mixed.backward(
-                needs, T, x_seq, constants, saved, of_results[:count], of_results[count:]
+                needs, T, x_seq, constants, saved, of_results[:count], of_results[count:], invariants
             )
             of_states = [
                 None if g is None else g.sum_to_size(shape)

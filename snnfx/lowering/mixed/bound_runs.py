@@ -2,8 +2,9 @@
 
 Allocating the ring buffers of a run and building its operations takes longer than the loop itself if a net is small. A
 run of small tensors is therefore kept: the next call with the same shapes writes its values to the tensors of the kept
-run, repeats the loop, and copies the results. A run is taken out while it is in use, so that several threads and nested
-calls never share one.
+run, repeats the loop, and copies the results. Parameters stay at their addresses from call to call, so a run reads them
+and their views directly. A run is taken out while it is in use, so that several threads and nested calls never share
+one.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ def run_schedule(
     initial: Sequence[Tensor | float],
     reverse: bool,
     unshared: Sequence[int] = (),
+    constants: Sequence[Tensor] = (),
 ) -> PassResult:
     """Run a pass.
 
@@ -57,6 +59,7 @@ def run_schedule(
         initial: the loop-carried values before the first iteration: numbers, or tensors that can be expanded to a step.
         reverse: whether to run from the last step to the first.
         unshared: stacks of the result that must not share memory with another tensor.
+        constants: tensors whose memory a kept run may read in later calls, at the same addresses.
     """
     with torch.no_grad():
         key = _key(T, stacks, invariants, reverse)
@@ -66,8 +69,11 @@ def run_schedule(
             bound = None
         elif key in kept:
             bound = kept.pop(key, None)
+            moved = frozenset[int]() if bound is None else bound.moved(invariants)
+            if moved:
+                bound = None
             if bound is None and memory.has_room:
-                bound = BoundRun(schedule, T, stacks, invariants, len(initial), reverse)
+                bound = BoundRun(schedule, T, stacks, invariants, len(initial), reverse, constants, moved)
             if bound is not None and not bound.can_be_repeated:
                 if len(schedule.unrepeatable_runs) >= _MOST_UNREPEATABLE:
                     schedule.unrepeatable_runs.clear()
@@ -119,7 +125,7 @@ class KeptMemory:
         """Count the memory of a run until it ends."""
         tensors = [ring.tensor for rings in run.run.targets.values() for ring in rings]
         tensors += [ring.tensor for ring in run.run.rings.values()]
-        tensors += [*run.stacks.values(), *run.invariants.values(), *(copy for copy, _ in run.run.row_copies)]
+        tensors += [*run.stacks.values(), *run.copied.values(), *(copy for copy, _ in run.run.row_copies)]
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
         self._add(sum(storages.values()))
         weakref.finalize(run, self._add, -sum(storages.values())).atexit = False
@@ -136,11 +142,13 @@ class BoundRun:
     """A run on tensors of its own, which can be repeated.
 
     Args:
-        schedule, T, stacks, invariants, reverse: as for `run_schedule`; only shapes, strides and dtypes are read.
+        schedule, T, stacks, invariants, reverse, constants: as for `run_schedule`.
         carried: the number of loop-carried values.
+        moving: invariants whose address changes, so that they are copied even if they are views of constants.
 
     Attributes:
         can_be_repeated: whether all operations read the given tensors themselves.
+        copied: the invariants that each call writes to tensors of the run.
     """
 
     def __init__(
@@ -151,15 +159,23 @@ class BoundRun:
         invariants: dict[int, Tensor],
         carried: int,
         reverse: bool,
+        constants: Sequence[Tensor] = (),
+        moving: frozenset[int] = frozenset(),
     ) -> None:
-        self.schedule = schedule
+        self.schedule, self._moving = schedule, moving
+        fixed = {t.untyped_storage().data_ptr() for t in constants}
+        shared = {n: t for n, t in invariants.items() if n not in moving and t.untyped_storage().data_ptr() in fixed}
+        self._addresses = {n: t.data_ptr() for n, t in shared.items()}
         with torch.inference_mode(False):
             self.stacks = {n: _own(t) for n, t in stacks.items()}
-            self.invariants = {n: _own(t) for n, t in invariants.items()}
-            for own, given in ((self.stacks, stacks), (self.invariants, invariants)):
+            self.copied = {n: _own(t) for n, t in invariants.items() if n not in shared}
+            self.invariants = {n: shared[n] if n in shared else self.copied[n] for n in invariants}
+            for own, given in ((self.stacks, stacks), (self.copied, invariants)):
                 _write(own, given)
             self.run = ScheduleRun(schedule, T, dict(self.stacks), self.invariants, carried, reverse)
         self.can_be_repeated = not self.run.copies_given
+        self._views: PassResult | None = None
+        """The results as views of the memory of the run; None if each repetition computes some of them."""
         memory.count(self)
         addresses = {t.untyped_storage().data_ptr() for t in (*self.stacks.values(), *self.invariants.values())}
         self.computed = [
@@ -168,12 +184,23 @@ class BoundRun:
             if number in schedule.made_before and stack.untyped_storage().data_ptr() not in addresses
         ]
 
+    def _is_in_memory_of_run(self, result: PassResult) -> bool:
+        rings = (*self.run.rings.values(), *(ring for rings in self.run.targets.values() for ring in rings))
+        tensors = (*self.stacks.values(), *self.invariants.values(), *self.run.stacks.values())
+        memory = {t.untyped_storage().data_ptr() for t in (*tensors, *(ring.tensor for ring in rings))}
+        return all(t.untyped_storage().data_ptr() in memory for t in (*result.stacks.values(), *result.sums.values()))
+
+    def moved(self, invariants: dict[int, Tensor]) -> frozenset[int]:
+        """The invariants whose address changes if some are no longer where the run reads them; else none."""
+        moved = [n for n, address in self._addresses.items() if invariants[n].data_ptr() != address]
+        return self._moving.union(moved) if moved else frozenset()
+
     def repeat(
         self, stacks: dict[int, Tensor], invariants: dict[int, Tensor], initial: Sequence[Tensor | float]
     ) -> PassResult:
         """Run the pass with other values; the results share no memory with the run."""
         _write(self.stacks, stacks)
-        _write(self.invariants, invariants)
+        _write(self.copied, invariants)
         if self.computed:
             known = dict(self.stacks)
             run_batched(
@@ -184,12 +211,15 @@ class BoundRun:
         for copy, source in self.run.row_copies:
             copy.copy_(source)
         self.run.run(initial)
-        result = self.run.result(())
+        result = self._views if self._views is not None else self.run.result(())
+        if self._views is None and self._is_in_memory_of_run(result):
+            self._views = result
         copies: dict[int, Tensor] = {id(t): t.clone() for t in (*result.stacks.values(), *result.sums.values())}
         return PassResult(
             {n: copies[id(t)] for n, t in result.stacks.items()},
             {n: copies[id(t)] for n, t in result.sums.items()},
             [final.clone() for final in result.finals],
+            is_unshared=True,
         )
 
 

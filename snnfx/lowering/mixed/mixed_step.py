@@ -19,8 +19,12 @@ from snnfx.lowering.mixed.constant_gradients import ConstantGradient, plan_gradi
 from snnfx.lowering.mixed.gradient_by_events import build_product_by_events
 from snnfx.lowering.mixed.loop_saved_values import LoopSavedValues, plan_saved_values
 from snnfx.lowering.mixed.schedule import CallKinds, LoopCarried, PassGoal, Schedule
+from snnfx.sandbox.torch_internals import dispatch_mode_count
 
 __all__ = ["MixedStep", "TrainingPasses"]
+
+_MOST_VIEWED_BYTES = 1 << 20
+"""Bytes of the constants up to which the views of the latest ones are kept, which keeps their memory alive."""
 
 
 @dataclass
@@ -63,6 +67,8 @@ class MixedStep:
     constants: tuple[tuple[int, int], ...] = field(init=False, default=())
     _kinds: CallKinds = field(init=False)
     _inference: Schedule | None = None
+    _views: tuple[list[object], dict[int, Tensor]] | None = None
+    """The latest invariants, with the places of the constants, if all of them are views of constants."""
     _training: dict[Needs, TrainingPasses] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -228,10 +234,18 @@ class MixedStep:
         inputs = ", and its input" if plan.inputs else ""
         return f"; training saves {count} tensor{'s' if count != 1 else ''} of all steps{inputs}"
 
-    def _invariants(self, constants: Sequence[Tensor]) -> dict[int, Tensor]:
+    def invariants(self, constants: Sequence[Tensor]) -> dict[int, Tensor]:
+        """The values that do not change with time, constants included, by number; the caller does not change it."""
+        places: list[object] = [(c.data_ptr(), c.shape, c.stride(), c.dtype) for c in constants]
+        if self._views is not None and self._views[0] == places and not dispatch_mode_count():
+            return self._views[1]
         known = {number: c.detach() for (number, _), c in zip(self.constants, constants, strict=True)}
         with torch.no_grad():
             self._prologue.run(known, ())
+        if sum([c.nbytes for c in constants]) <= _MOST_VIEWED_BYTES and not dispatch_mode_count():
+            memory = {c.untyped_storage().data_ptr() for c in constants}
+            are_views = all(v.untyped_storage().data_ptr() in memory for v in known.values())
+            self._views = (places, known) if are_views else None
         return known
 
     def forward(
@@ -240,6 +254,7 @@ class MixedStep:
         states: Sequence[Tensor | float],
         constants: Sequence[Tensor],
         needs: Needs | None,
+        invariants: dict[int, Tensor] | None = None,
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Run a sequence: outputs `[T, N, *]`, final states `[N, *]`, and the tensors saved for backward.
 
@@ -248,19 +263,20 @@ class MixedStep:
             states: the states before the first step, numbers or tensors that can be expanded to `[N, *]`.
             constants: the tensors of `self.constants`.
             needs: the gradients that are needed; None: save nothing.
+            invariants: the result of `self.invariants(constants)`, if it is known.
         """
         recording = self.recording
         passes = None if needs is None else self.training(needs)
         schedule = self.inference() if passes is None else passes.forward
         stacks = {n: _dense_values(x_seq[i]) for i, n in self._numbers["sequence"].items()}
-        result = run_schedule(
-            schedule, x_seq[0].shape[0], stacks, self._invariants(constants), states, False, unshared=recording.outputs
-        )
+        known = self.invariants(constants) if invariants is None else invariants
+        T, outputs_of = x_seq[0].shape[0], recording.outputs
+        result = run_schedule(schedule, T, stacks, known, states, False, unshared=outputs_of, constants=constants)
         outputs: list[Tensor] = []
         for number in recording.outputs:
             value = result.stacks[number]
             outputs.append(value.clone() if any(value is other for other in outputs) else value)
-        finals = [final.clone() for final in result.finals]
+        finals = result.own_finals()
         if passes is None:
             return outputs, finals, []
         taken = set(recording.outputs)
@@ -277,11 +293,13 @@ class MixedStep:
         saved: Sequence[Tensor],
         grad_outputs: Sequence[Tensor | None],
         grad_finals: Sequence[Tensor | None],
+        invariants: dict[int, Tensor] | None = None,
     ) -> tuple[list[Tensor | None], list[Tensor | None], list[Tensor | None]]:
         """Gradients of the inputs, `[T, N, *]`, of the initial states, `[N, *]`, and of the constants.
 
         Args:
-            needs, T, x_seq, constants, saved: as in the forward pass; inputs that are not saved may be None.
+            needs, T, constants, saved, invariants: as in the forward pass.
+            x_seq: the inputs; those that are not saved may be None.
             grad_outputs, grad_finals: the gradients of the outputs and final states; None: zero.
         """
         recording, passes = self.recording, self.training(needs)
@@ -295,15 +313,16 @@ class MixedStep:
             stacks[numbers["sequence"][i]] = _dense_values(x)
         stacks.update(zip((*plan.values, *(numbers["state"][k] for k in plan.states)), saved, strict=True))
         initial = [0.0 if (g := grad_finals[k]) is None else g for k in passes.grads]
-        invariants = self._invariants(constants)
-        result = run_schedule(passes.backward, T, stacks, invariants, initial, reverse=True)
+        if invariants is None:
+            invariants = self.invariants(constants)
+        result = run_schedule(passes.backward, T, stacks, invariants, initial, reverse=True, constants=constants)
         grad_x = [
             result.stacks[g] if n and g is not None else None
             for g, n in zip(recording.grad_sequences, needs.sequences, strict=True)
         ]
         grad_states: list[Tensor | None] = [None] * len(needs.states)
-        for k, final in zip(passes.grads, result.finals, strict=True):
-            grad_states[k] = final.clone() if needs.states[k] else None
+        for k, final in zip(passes.grads, result.own_finals(), strict=True):
+            grad_states[k] = final if needs.states[k] else None
         with torch.no_grad():
             grad_constants = [
                 None if d is None else d.evaluate(recording, T, result.sums, result.stacks, invariants)

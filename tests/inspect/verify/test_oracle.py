@@ -490,3 +490,28 @@ def test_a_pending_backward_pass_of_the_user_survives(forward: Forward) -> None:
     forward(model, [(x,) for x in x_seq], lambda name, module: isinstance(module, _BatchNorm))
     loss.backward()
     assert model.fc1.weight.grad is not None
+
+
+class NormedInstances(nn.Module):
+    """A layer with running statistics of its own, in front of a barrier and behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = nn.InstanceNorm1d(3, track_running_stats=True)
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.own(self.norm(self.own(x)))
+
+
+@pytest.mark.parametrize("forward", [replay_forward, folded_forward])
+def test_running_statistics_outside_barriers_are_updated_in_the_order_of_steps(forward: Forward) -> None:
+    torch.manual_seed(0)
+    model, x_seq = NormedInstances(), torch.rand(4, 2, 3, 5) + torch.arange(4.0).view(-1, 1, 1, 1)
+    normal = nn.BatchNorm1d(3)(F.instance_norm(x_seq.flatten(0, 1))).unflatten(0, (4, 2)).detach()
+    expected = nn.InstanceNorm1d(3, track_running_stats=True)
+    for x, z in zip(x_seq, normal, strict=True):
+        expected(x)
+        expected(z)
+    forward(model, [(x,) for x in x_seq], is_norm)
+    torch.testing.assert_close(model.own.state_dict(), expected.state_dict())

@@ -208,3 +208,11 @@ def test_two_threads_measure_a_key_once(clock: Clock) -> None:
         thread.join()
     assert [choice.name for choice in choices] == ["b", "b"]
     assert len(made) == 2 and len(set(made)) == 1  # both measurements in one thread
+
+
+def test_the_margin_decides_between_functions_that_take_about_the_same_time(clock: Clock) -> None:
+    names = ("fixed", "other")
+    for margin, expected in ((0.9, "fixed"), (1.0, "other")):
+        found = Fastest(f"margin_{margin}", names, clock, margin)
+        ways = {"fixed": clock.taking(1e-3), "other": clock.taking(0.95e-3)}
+        assert found.measure("fixed", ways) == expected

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import snnfx
 from snnfx import neuron
 from snnfx.lowering.choices import image_formats
-from snnfx.lowering.choices.image_formats import FORMATS, Convolution, fastest_format, forget_choices
+from snnfx.lowering.choices.image_formats import FORMATS, Convolution, convolve, fastest_format, forget_choices
 from support.stepping import assert_same
 
 LAYER: Convolution = ((4, 3, 3, 3), (1, 1), (1, 1), (1, 1), 1, False)
@@ -51,6 +51,31 @@ def test_images_are_in_the_measured_format(monkeypatch: pytest.MonkeyPatch, name
         y = fastest_format(given, WEIGHTS, LAYER)
         assert torch.equal(y, x)
         assert is_channels_last(y) == (name == "channels-last")
+
+
+@pytest.mark.parametrize("name", FORMATS.names)
+def test_few_images_are_convolved_one_by_one_where_that_was_measured(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    measured_as(monkeypatch, name)
+    layer, counts = nn.Conv2d(3, 4, 3), list[int]()
+    layer.forward = lambda x: (counts.append(len(x)), nn.Conv2d.forward(layer, x))[1]  # type: ignore[func-returns-value, method-assign]
+    for images in (1, 2, 3, 20):
+        x = torch.rand(images, 3, 8, 8)
+        y = convolve(layer, fastest_format(x, WEIGHTS, LAYER, is_split=True), LAYER)
+        torch.testing.assert_close(y, nn.Conv2d.forward(layer, x))
+    assert counts == ([1] * 6 + [20] if name == "one by one" else [1, 2, 3, 20])
+
+
+@pytest.mark.parametrize("is_split", [False, True])
+@pytest.mark.parametrize("images", [1, 2, 20])
+def test_images_are_timed_one_by_one_only_if_they_are_few_and_can_be_split(
+    monkeypatch: pytest.MonkeyPatch, images: int, is_split: bool
+) -> None:
+    timed: list[str] = []
+    monkeypatch.setattr(FORMATS, "measure", lambda fixed, functions: timed.extend(functions) or fixed)  # type: ignore[func-returns-value]
+    fastest_format(torch.rand(images, 3, 8, 8), WEIGHTS, LAYER, is_split)
+    assert ("one by one" in timed) == (is_split and images == 2)
 
 
 @pytest.mark.parametrize("differentiates", [False, True])

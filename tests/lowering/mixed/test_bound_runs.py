@@ -118,6 +118,30 @@ def test_repeated_training_steps_have_the_gradients_of_stepping(
     assert len(kept_of(net)) >= 2
 
 
+@pytest.mark.parametrize("moves", [False, True])
+def test_parameters_that_change_in_place_or_move_to_other_memory_are_read_at_each_call(
+    case: tuple[nn.Module, snnfx.Net, tuple[int, ...]], moves: bool
+) -> None:
+    model, net, shape = case
+    x_seq = inputs(shape)
+    earlier = []  # memory that is in use is not given to another tensor
+    for _ in range(2 * CALLS):
+        for p in model.parameters():
+            earlier.append(p.data)
+            if moves:
+                p.data = p.detach() * 1.1
+            else:
+                p.data.mul_(1.1)  # which leaves the version of the parameter
+        with torch.no_grad():
+            assert_same(net(x_seq), stepped(model, x_seq))
+        net(x_seq).sum().backward()
+        found = [p.grad for p in model.parameters()]
+        model.zero_grad()
+        stepped(model, x_seq).sum().backward()
+        assert_same(found, [p.grad for p in model.parameters()])
+        model.zero_grad()
+
+
 def test_results_of_a_call_do_not_change_in_later_calls(case: tuple[nn.Module, snnfx.Net, tuple[int, ...]]) -> None:
     model, net, shape = case
     x_seqs = [inputs(shape).requires_grad_() for _ in range(CALLS)]
