@@ -12,7 +12,7 @@ from torch import Tensor
 from snnfx.lowering.elementwise.cpp.build import load, openmp
 from snnfx.lowering.mixed.loop_arguments import ArgumentTable, LoopArguments
 from snnfx.lowering.mixed.loop_source import LOOPS
-from snnfx.lowering.mixed.operations import Addition, Assembly, Call, Copy, Launch, Operation, Product
+from snnfx.lowering.mixed.operations import Addition, Assembly, Call, Convolution, Copy, Launch, Operation, Product
 from snnfx.lowering.mixed.sample_parts import plan_parts
 
 __all__ = ["CompiledLoop", "build_loop", "reason_against_compiling"]
@@ -54,8 +54,8 @@ def reason_against_compiling(operations: Sequence[Operation]) -> str:
 
 
 def _dtypes_of(operations: Sequence[Operation]) -> set[torch.dtype]:
-    """The dtypes of products and sums."""
-    dtypes = {o.out.tensor.dtype for o in operations if isinstance(o, Product)}
+    """The dtypes of products, convolutions and sums."""
+    dtypes = {o.out.tensor.dtype for o in operations if isinstance(o, Product | Convolution)}
     return dtypes | {o.following.tensor.dtype for o in operations if isinstance(o, Addition)}
 
 
@@ -139,6 +139,8 @@ def _threads(operations: Sequence[Operation], T: int) -> int:
     for operation in operations:
         if isinstance(operation, Product):
             work += operation.out.tensor[0].numel() * operation.matrix.shape[0]
+        elif isinstance(operation, Convolution):
+            work += operation.work
         elif isinstance(operation, Launch):
             work += operation.layout.elements
     return torch.get_num_threads() if work * T >= _MIN_PARALLEL_WORK and openmp() is not None else 1

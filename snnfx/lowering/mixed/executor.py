@@ -23,11 +23,13 @@ from snnfx.lowering.elementwise.operand_layout import dense_strides, describe_op
 from snnfx.lowering.mixed.batched_calls import run_batched
 from snnfx.lowering.mixed.call_kinds import FunctionalCall, product_with_constant
 from snnfx.lowering.mixed.compiled_loop import CompiledLoop, reason_against_compiling
+from snnfx.lowering.mixed.convolution_calls import convolution_with_constant
 from snnfx.lowering.mixed.fused_group import FusedGroup, operand_dtype
 from snnfx.lowering.mixed.operations import (
     Addition,
     Assembly,
     Call,
+    Convolution,
     Copy,
     Iteration,
     Launch,
@@ -317,7 +319,12 @@ class ScheduleRun:
                 target.copy_(result)
 
         run = write_out if with_out is not None else compute_and_copy
-        return Call(call.name, [self._argument(n) for n in numbers], run, out)
+        by_pytorch = Call(call.name, [self._argument(n) for n in numbers], run, out)
+        found = convolution_with_constant(call, wanted, self.values)
+        if found is None:
+            return by_pytorch
+        weight, bias = self.invariants[found.weight], None if found.bias is None else self.invariants[found.bias]
+        return Convolution(self._argument(found.input), weight, bias, found.settings, out[0], by_pytorch)
 
     def _group(self, group: FusedGroup) -> None:
         """Add the launch of a kernel; the argument structs of its iterations differ only in addresses."""
