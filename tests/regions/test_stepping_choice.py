@@ -141,3 +141,14 @@ def test_a_kernel_of_an_elementwise_loop_is_not_measured(monkeypatch: pytest.Mon
     with torch.no_grad():
         net(torch.rand(2, 2, 5))
     assert not measured
+
+
+def test_another_version_of_the_loop_is_measured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = measured_as(monkeypatch, "kernels")
+    for count, source in ((2, "one"), (2, "one"), (4, "another")):
+        monkeypatch.setattr(stepping_choice, "LOOP_SOURCE", source)
+        LOOPS.remembered.forget()
+        _, net = made()
+        with torch.no_grad():
+            net(torch.rand(3, 2, 5).double())
+        assert len(measured) == count

@@ -10,14 +10,22 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from snnfx.lowering.aten_recording import AtenCall, RecordedValue, ValueReference
 
 __all__ = ["ConvolutionCall", "Settings", "Sizes", "convolution_with_constant"]
 
 Sizes = tuple[int, int, int]
 
-_LARGEST_WORK = 1 << 23
-"""Multiplications of a sample up to which the compiled loop is faster than a call of PyTorch."""
+_LARGEST_WORK = 1 << 25
+"""Multiplications of a sample up to which the compiled loop was measured to be faster than a call of PyTorch."""
+
+_LARGEST_WEIGHT = 1 << 16
+"""Elements of a weight up to which the compiled loop is faster: it packs the weight and reads it for each sample."""
+
+_COST_OF_CALL = 1 << 22
+"""Multiplications of a thread that take as long as a call of PyTorch that shares its work among threads."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +95,22 @@ def convolution_with_constant(
         return None
     if len({values[n].dtype for n in (found.input, found.weight, wanted[0])}) != 1:
         return None
-    of_group = shapes[0][1] // found.settings.groups
-    work = math.prod(shapes[2][1:]) * of_group * math.prod(found.settings.kernel)
-    return found if work <= _LARGEST_WORK else None
+    work = math.prod(shapes[2][1:]) * shapes[0][1] // found.settings.groups * math.prod(found.settings.kernel)
+    return found if _is_faster_in_loop(work, math.prod(shapes[1]), shapes[0][0]) else None
+
+
+def _is_faster_in_loop(work: int, weight: int, samples: int) -> bool:
+    """Whether a loop that divides samples among threads is faster than PyTorch, which divides each convolution.
+
+    Args:
+        work: multiplications of a sample.
+        weight: elements of the weight.
+        samples: the number of samples.
+    """
+    if work > _LARGEST_WORK or weight > _LARGEST_WEIGHT:
+        return False
+    threads = torch.get_num_threads()
+    return work * -(-samples // threads) - work * samples / threads <= _COST_OF_CALL
 
 
 def _forward(call: AtenCall, values: Sequence[RecordedValue]) -> ConvolutionCall | None:

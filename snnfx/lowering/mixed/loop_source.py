@@ -14,7 +14,7 @@ from snnfx.lowering.elementwise.cpp.cpp_kernel import KernelSource
 from snnfx.lowering.mixed.convolution_source import CONVOLUTION
 from snnfx.lowering.nonzero_lists import NONZERO_LISTS
 
-__all__ = ["LOOPS"]
+__all__ = ["LOOPS", "LOOP_SOURCE"]
 
 _FUSED = r"""
 #include <atomic>
@@ -316,9 +316,13 @@ extern "C" void run(Args *a) {
 """
 
 
+LOOP_SOURCE = NONZERO_LISTS + _FUSED + CONVOLUTION + _TEXT
+"""The text for any type `real`."""
+
+
 def _source(ctype: str) -> KernelSource:
     head = f"#define WIDE {int(ctype == 'double')}\ntypedef {ctype} real;\n"
-    return KernelSource(head + NONZERO_LISTS + _FUSED + CONVOLUTION + _TEXT, (), (), 0)
+    return KernelSource(head + LOOP_SOURCE, (), (), 0)
 
 
 LOOPS = {4: _source("float"), 8: _source("double")}
