@@ -306,33 +306,35 @@ def test_other_dtypes_are_left_to_pytorch() -> None:
     assert mixed_of(net).reason_for_python == "its products are computed in bfloat16"
 
 
-class Convolution(snnfx.MemoryModule):
+class Summed(snnfx.MemoryModule):
+    """A layer whose state returns through a product and a call that PyTorch computes."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.back = nn.Conv1d(2, 2, 3, padding=1)
+        self.back = nn.Linear(5, 5)
         self.register_memory("h", None)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.h is None:
             self.h = torch.zeros_like(x)
-        self.h = torch.tanh(x + self.back(self.h))
+        self.h = torch.tanh(x + self.back(self.h).cumsum(1))
         return self.h
 
 
 def test_explain_names_the_operator_that_keeps_python_in_the_loop() -> None:
-    x_seq = torch.randn(4, 3, 2, 5)
-    net = snnfx.convert(Convolution(), example_inputs=x_seq[0])
+    x_seq = torch.randn(4, 3, 5)
+    net = snnfx.convert(Summed(), example_inputs=x_seq[0])
     (before,) = snnfx.explain(net).kernels
     net(x_seq)
     (after,) = snnfx.explain(net).kernels
     for note in (before, after):
         assert note.startswith("Stepped with element-wise kernels")
-        assert "because PyTorch computes `convolution` in each step" in note
+        assert "because PyTorch computes `cumsum` in each step" in note
 
 
 @pytest.mark.parametrize(
     ("make", "shape", "way"),
-    [(lambda: Recurrent(5), (3, 8), "kernel"), (Convolution, (3, 2, 5), "stepped, with kernels")],
+    [(lambda: Recurrent(5), (3, 8), "kernel"), (Summed, (3, 5), "stepped, with kernels")],
 )
 def test_the_way_is_known_before_the_first_call(make: Callable[[], nn.Module], shape: Any, way: str) -> None:
     net = snnfx.convert(make(), example_inputs=torch.randn(shape))
