@@ -15,6 +15,7 @@ The step and its backward pass are lists of ATen calls (`snnfx.lowering.aten_rec
 | `parts`              | parts of joined values, which kernels write to their places or copies move there      |
 | `ring_buffers`       | the memory of the values of a loop                                                    |
 | `operations`         | the operations of an iteration on ring buffers; each can run from Python              |
+| `copied_rows`        | divide a copy into rows of consecutive bytes                                          |
 | `sample_parts`       | divide the samples among threads                                                      |
 | `convolution_tables` | the positions that a convolution reads and writes                                     |
 | `convolution_source` | C++ of a convolution of one sample                                                    |

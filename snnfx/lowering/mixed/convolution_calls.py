@@ -124,9 +124,7 @@ def _input_gradient(call: AtenCall, values: Sequence[RecordedValue]) -> Convolut
     grad, _, weight, _, stride, padding, dilation, transposed, _, groups, _ = call.args
     if not isinstance(weight, ValueReference):
         return None
-    settings = _settings(
-        values[weight.number].shape, stride, padding, dilation, groups, not transposed, not transposed
-    )
+    settings = _settings(values[weight.number].shape, stride, padding, dilation, groups, not transposed, not transposed)
     return None if settings is None else ConvolutionCall(grad.number, weight.number, None, settings)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from snnfx.lowering.elementwise.cpp.build import load
 from snnfx.lowering.mixed.convolution_arguments import convolution_struct
+from snnfx.lowering.mixed.copied_rows import plan_copy
 from snnfx.lowering.mixed.operations import Addition, Convolution, Copy, Launch, Operation, Product
 from snnfx.lowering.mixed.ring_buffers import RingBuffer
 from snnfx.lowering.mixed.sample_parts import SampleParts
@@ -39,7 +40,8 @@ class _Operation(ctypes.Structure):
         *((name, _Ring) for name in ("out", "input", "other")),
         *((name, _Integer) for name in ("out_step", "in_step", "width", "inputs", "bias", "bias_step", "matrix")),
         *((name, _Integer) for name in ("matrix_row", "matrix_column", "packed", "by_events", "run_part", "words")),
-        *((name, _Integer) for name in ("word_count", "addresses", "address_count", "convolution")),
+        *((name, _Integer) for name in ("word_count", "addresses", "address_count", "convolution", "row_count")),
+        *((name, _Integer) for name in ("row_from", "row_to")),
     ]
 
 
@@ -79,7 +81,7 @@ class ArgumentTable:
         if isinstance(operation, Launch):
             return self._launch(operation)
         if isinstance(operation, Copy):
-            return _copy(operation)
+            return self._copy(operation)
         assert isinstance(operation, Addition)
         shape = operation.following.tensor.shape[1:]
         count = shape[0] if shape else 1
@@ -146,6 +148,23 @@ class ArgumentTable:
             convolution=ctypes.addressof(struct),
         )
 
+    def _copy(self, operation: Copy) -> _Operation:
+        rows = plan_copy(operation)
+        assert rows is not None
+        self._alive.append(rows)
+        return _Operation(
+            kind=_COPY,
+            count=rows.samples,
+            out=_ring(operation.target),
+            input=_ring(operation.source),
+            out_step=rows.target_step,
+            in_step=rows.source_step,
+            width=rows.width,
+            row_count=len(rows.source),
+            row_from=rows.source.data_ptr(),
+            row_to=rows.target.data_ptr(),
+        )
+
     def _launch(self, operation: Launch) -> _Operation:
         words = list(operation.words)
         if self.parts.count > 1:
@@ -163,22 +182,6 @@ class ArgumentTable:
             addresses=ctypes.addressof(addresses),
             address_count=len(pairs),
         )
-
-
-def _copy(operation: Copy) -> _Operation:
-    source, target = operation.source.tensor, operation.target.tensor
-    size = target.element_size()
-    count = target.shape[1] if target.dim() > 1 else 1
-    width = target[0].numel() // max(count, 1) * size
-    return _Operation(
-        kind=_COPY,
-        count=count,
-        out=_ring(operation.target),
-        input=_ring(operation.source),
-        out_step=target.stride(1) * size if target.dim() > 1 else width,
-        in_step=source.stride(1) * size if source.dim() > 1 else width,
-        width=width,
-    )
 
 
 def _ring(ring: RingBuffer) -> _Ring:

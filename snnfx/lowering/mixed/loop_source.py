@@ -50,7 +50,7 @@ struct Operation {
   i64 kind, count;                  // count: samples
   Ring out, in, other;
   i64 out_step, in_step;            // from one sample to the next: elements; bytes of a copy
-  i64 width;                        // elements of a sample of the result; bytes of a copy
+  i64 width;                        // elements of a sample of the result; bytes of a row of a copy
   i64 inputs;                       // of a product
   const real *bias;                 // of a convolution: one element for each channel
   i64 bias_step;
@@ -64,6 +64,8 @@ struct Operation {
   const Address *addresses;
   i64 address_count;
   const Convolution *convolution;
+  i64 row_count;                    // rows of each sample of a copy
+  const i64 *row_from, *row_to;
 };
 struct Args {
   i64 T;
@@ -283,7 +285,9 @@ static void part(Args &a, i64 number) {
         case COPY: {
           char *to = o.out.at(i);
           const char *from = o.in.at(i);
-          for (i64 r = begin; r < end; r++) memcpy(to + r * o.out_step, from + r * o.in_step, o.width);
+          for (i64 n = begin; n < end; n++)
+            for (i64 r = 0; r < o.row_count; r++)
+              memcpy(to + n * o.out_step + o.row_to[r], from + n * o.in_step + o.row_from[r], o.width);
           break;
         }
         case SUM: {

@@ -79,7 +79,10 @@ SETTINGS: dict[str, tuple[Layers, tuple[int, ...]]] = {
     "wide rows": (lambda: (nn.Conv2d(9, 9, 3, padding=1),), (9, 4, 19)),
     "rows of whole vectors": (lambda: (nn.Conv2d(13, 13, 3, padding=1),), (13, 5, 16)),
     "same": (lambda: (nn.Conv2d(2, 2, 5, padding="same"),), (2, 7, 6)),
-    "one row, one column": (lambda: (nn.Conv2d(2, 2, (3, 1), padding=(1, 0)), nn.Conv2d(2, 2, 3, padding=1)), (2, 1, 1)),
+    "one row, one column": (
+        lambda: (nn.Conv2d(2, 2, (3, 1), padding=(1, 0)), nn.Conv2d(2, 2, 3, padding=1)),
+        (2, 1, 1),
+    ),
     "unequal kernel": (lambda: (nn.Conv2d(4, 4, (1, 5), padding=(0, 2)),), (4, 3, 9)),
     "dilation": (lambda: (nn.Conv2d(4, 4, 3, padding=(2, 3), dilation=(2, 3)),), (4, 7, 8)),
     "groups": (lambda: (nn.Conv2d(6, 6, 3, padding=1, groups=3),), (6, 5, 5)),
@@ -112,7 +115,10 @@ SETTINGS: dict[str, tuple[Layers, tuple[int, ...]]] = {
         (4, 6, 7),
     ),
     "one dimension": (lambda: (nn.Conv1d(3, 3, 3, padding=1),), (3, 7)),
-    "one long dimension": (lambda: (nn.Conv1d(3, 4, 4, stride=2, padding=1), nn.ConvTranspose1d(4, 3, 2, stride=2)), (3, 50)),
+    "one long dimension": (
+        lambda: (nn.Conv1d(3, 4, 4, stride=2, padding=1), nn.ConvTranspose1d(4, 3, 2, stride=2)),
+        (3, 50),
+    ),
     "three dimensions": (
         lambda: (nn.Conv3d(2, 3, 3, (1, 2, 1), (1, 0, 1)), nn.ConvTranspose3d(3, 2, (3, 3, 3), (1, 2, 1), (1, 0, 1))),
         (2, 4, 5, 3),
@@ -207,12 +213,12 @@ def test_float32_is_near_float64() -> None:
     x_seq = torch.randn(6, 3, 17, 18, 18)
     net = snnfx.convert(copy.deepcopy(model), example_inputs=x_seq[0])
     actual, expected = net(x_seq), step_model(model.double(), x_seq.double())
-    assert set(reasons(mixed_of(net))) == {""}
     assert_same(actual.double(), expected, tolerance=1e-5)
     wanted = torch.autograd.grad(expected.sum(), list(model.parameters()))
     found = torch.autograd.grad(actual.sum(), list(net.parameters()))
     for a, e in zip(found, wanted, strict=True):
         assert_same(a.double() / e.abs().max(), e / e.abs().max(), tolerance=1e-4)
+    assert set(reasons(mixed_of(net))) == {""}
 
 
 @pytest.mark.parametrize("batch", [2, 5])
