@@ -316,7 +316,7 @@ class _Recorder(TorchDispatchMode):
         return list({id(t): t for t in sharing if t is not tensor}.values())
 
     def _aliases_of_written(self, name: str, tensor: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """The written tensor with each tensor of the same memory; other views that share elements may not be read again."""
+        """The written tensor with each tensor of the same memory; other views of its elements may not be read again."""
         aliases: list[tuple[Tensor, Tensor]] = []
         sharing = self._sharing(tensor)
         if any(self.values[self.number_of[id(t)]].origin == "constant" for t in (tensor, *sharing)):

@@ -22,7 +22,8 @@ def are_disjoint(a: Tensor, b: Tensor) -> bool:
     if strides[-1] < 1 or any(len(s) != sum(n > 1 for n in t.shape) for s, t in zip(sizes, (a, b), strict=True)):
         return False  # expanded, or two dimensions with one stride
     boxes = [
-        _box(t.storage_offset(), [of.get(s, 1) for s in strides], strides) for t, of in zip((a, b), sizes, strict=True)
+        _box(int(t.storage_offset()), [of.get(s, 1) for s in strides], strides)
+        for t, of in zip((a, b), sizes, strict=True)
     ]
     first, second = boxes
     if first is None or second is None:

@@ -297,6 +297,7 @@ class ScheduleRun:
 
     def _operation(self, call: AtenCall, wanted: Sequence[int], out: list[RingBuffer]) -> Operation:
         product = product_with_constant(call, self.values)
+        term: Tensor | None
         if product is not None:
             left, matrix, bias = product
             term = None if bias is None else self.invariants[bias]
@@ -323,8 +324,9 @@ class ScheduleRun:
         found = convolution_with_constant(call, wanted, self.values)
         if found is None:
             return by_pytorch
-        weight, bias = self.invariants[found.weight], None if found.bias is None else self.invariants[found.bias]
-        return Convolution(self._argument(found.input), weight, bias, found.settings, out[0], by_pytorch)
+        term = None if found.bias is None else self.invariants[found.bias]
+        weight = self.invariants[found.weight]
+        return Convolution(self._argument(found.input), weight, term, found.settings, out[0], by_pytorch)
 
     def _group(self, group: FusedGroup) -> None:
         """Add the launch of a kernel; the argument structs of its iterations differ only in addresses."""
