@@ -115,4 +115,58 @@ static void convolve(const Convolution &c, const real *x, const real *w, const r
       if (bias) bias += count;
     }
 }
+
+// Results and terms whose products with each other are summed together for the gradient of a weight.
+#if defined(__AVX512F__)
+constexpr int ACROSS = 4;
+#else
+constexpr int ACROSS = 2;
+#endif
+
+template <int R, int K>
+FUSED static void sum_products(const real *grad, i64 grad_step, const real *x, const i64 *offsets, i64 last, real *to,
+                               i64 to_step) {
+  CONTRACT
+  vec sum[R][K] = {};
+  for (i64 q = 0; q < last; q += LANES) {
+    vec g[R];
+    for (int r = 0; r < R; r++) g[r] = *(const vec *)(grad + r * grad_step + q);
+    for (int k = 0; k < K; k++) {
+      const vec v = *(const vec *)(x + offsets[k] + q);
+      for (int r = 0; r < R; r++) sum[r][k] += g[r] * v;
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int k = 0; k < K; k++) {
+      real total = 0;
+      for (int j = 0; j < LANES; j++) total += sum[r][k][j];
+      to[r * to_step + k] += total;
+    }
+}
+
+template <int R>
+static void sum_terms(const real *grad, i64 grad_step, const real *x, const i64 *offsets, i64 terms, i64 last, real *to) {
+  i64 k = 0;
+  for (; k + ACROSS <= terms; k += ACROSS)
+    sum_products<R, ACROSS>(grad, grad_step, x, offsets + k, last, to + k, terms);
+  for (; k < terms; k++) sum_products<R, 1>(grad, grad_step, x, offsets + k, last, to + k, terms);
+}
+
+// Add the gradient of a weight [out, in, kernel] from one sample; rows of its image are apart as in the extended image.
+static void add_weight_gradient(const Convolution &c, const real *x, const real *grad, real *to) {
+  real *image = (real *)c.extended, *spread = image + c.buffer_start;
+  const i64 channels = c.groups * c.out_channels, terms = c.in_channels * c.tap_count;
+  extend(c, x, image);
+  for (i64 m = 0; m < channels; m++)
+    for (i64 j = 0; j < c.result_row_count; j++)
+      memcpy(spread + m * c.buffer_step + c.result_rows[j], grad + m * c.result_plane + j * c.result_width,
+             c.result_width * sizeof(real));
+  for (i64 g = 0; g < c.groups; g++, image += c.in_channels * c.plane) {
+    i64 m = 0;
+    for (; m + ACROSS <= c.out_channels; m += ACROSS, spread += ACROSS * c.buffer_step, to += ACROSS * terms)
+      sum_terms<ACROSS>(spread, c.buffer_step, image, c.offsets, terms, c.buffer_step, to);
+    for (; m < c.out_channels; m++, spread += c.buffer_step, to += terms)
+      sum_terms<1>(spread, c.buffer_step, image, c.offsets, terms, c.buffer_step, to);
+  }
+}
 """
