@@ -17,8 +17,6 @@ from torch import Tensor
 from snnfx.lowering.aten_recording import AtenCall, Recording, resolve_references
 from snnfx.lowering.linear_calls import is_linear
 from snnfx.lowering.mixed.call_kinds import FunctionalCall
-from snnfx.lowering.mixed.convolution_calls import settings_of_backward
-from snnfx.lowering.mixed.convolution_weight_gradient import small_weight_gradient
 from snnfx.lowering.mixed.gradient_by_events import product_by_events
 from snnfx.lowering.mixed.schedule import CallKinds
 
@@ -154,12 +152,6 @@ def _convolution(
     if call.positions[call.results.index(number)] == 2:
         grad = stacks[call.args[0].number]
         return grad.sum((0, 1, *range(3, grad.dim())))
-    shape = torch.Size(recording.values[number].shape)
-    settings = settings_of_backward(call, shape)
-    if settings is not None:
-        small = small_weight_gradient(settings, *(stacks[a.number] for a in call.args[:2]), shape)
-        if small is not None:
-            return small
     functional = FunctionalCall.of(call, [number], recording)
     grad, x = (stacks[a.number].flatten(0, 1) for a in call.args[:2])
     return functional([grad, x, *(resolve_references(a, invariants) for a in functional.args[2:])], {})[0]

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from snnfx.lowering.mixed.convolution_calls import Settings, Sizes
+from snnfx.lowering.mixed.convolution_calls import Sizes
 from snnfx.lowering.mixed.convolution_tables import convolution_tables
+from snnfx.lowering.mixed.operations import Convolution
 from snnfx.lowering.nonzero_lists import VECTOR_BYTES
 
 __all__ = ["convolution_struct"]
@@ -31,18 +32,15 @@ class _Convolution(ctypes.Structure):
     ]
 
 
-def convolution_struct(
-    settings: Settings, x: Tensor, weight: Tensor, out: Tensor, parts: int, of_weight: bool = False
-) -> tuple[ctypes.Structure, list[Any]]:
+def convolution_struct(operation: Convolution, weight: Tensor, parts: int) -> tuple[ctypes.Structure, list[Any]]:
     """The struct `Convolution` of `snnfx.lowering.mixed.convolution_source`, and the tensors whose addresses it has.
 
     Args:
-        settings: the settings.
-        x, out: the input and the result, `[R, N, C, *]`.
-        weight: the weight, without a lazy negation.
+        operation: the operation.
+        weight: its weight, without a lazy negation.
         parts: parts of the samples that run at the same time.
-        of_weight: whether the gradient of the weight is computed.
     """
+    settings, x, out = operation.settings, operation.input.tensor, operation.out.tensor
     lanes, groups = VECTOR_BYTES // out.element_size(), settings.groups
     in_channels, out_channels = x.shape[2] // groups, out.shape[2] // groups
     tables = convolution_tables(
@@ -53,12 +51,10 @@ def convolution_struct(
         in_channels,
         _three(weight.stride()[2:], 0),
         lanes,
-        of_weight,
     )
     # A vector may read beyond the last element of the image; padding stays zero during all steps.
     image = (x.shape[2] * tables.plane + 2 * lanes - 1) // lanes * lanes
-    channels = out.shape[2] if of_weight else _CHANNELS
-    extended = torch.zeros(parts, image + channels * tables.buffer, dtype=out.dtype)
+    extended = torch.zeros(parts, image + _CHANNELS * tables.buffer, dtype=out.dtype)
     is_swapped = settings.is_swapped
     struct = _Convolution(
         groups=groups,

@@ -14,7 +14,7 @@ import torch
 
 from snnfx.lowering.aten_recording import AtenCall, RecordedValue, ValueReference
 
-__all__ = ["ConvolutionCall", "Settings", "Sizes", "convolution_with_constant", "settings_of_backward"]
+__all__ = ["ConvolutionCall", "Settings", "Sizes", "convolution_with_constant"]
 
 Sizes = tuple[int, int, int]
 
@@ -97,17 +97,6 @@ def convolution_with_constant(
         return None
     work = math.prod(shapes[2][1:]) * shapes[0][1] // found.settings.groups * math.prod(found.settings.kernel)
     return found if _is_faster_in_loop(work, math.prod(shapes[1]), shapes[0][0]) else None
-
-
-def settings_of_backward(call: AtenCall, weight: Sequence[int]) -> Settings | None:
-    """The settings of the convolution that `convolution_backward` differentiates; None for an unknown dimension.
-
-    Args:
-        call: the call.
-        weight: the shape of the weight.
-    """
-    _, _, _, _, stride, padding, dilation, transposed, _, groups, _ = call.args
-    return _settings(weight, stride, padding, dilation, groups, transposed, transposed)
 
 
 def _is_faster_in_loop(work: int, weight: int, samples: int) -> bool:

@@ -84,14 +84,7 @@ class _Extended:
 
 @functools.lru_cache(maxsize=256)
 def convolution_tables(
-    settings: Settings,
-    size: Sizes,
-    steps: Sizes,
-    result: Sizes,
-    of_group: int,
-    weight_steps: Sizes,
-    lanes: int,
-    across_rows: bool = False,
+    settings: Settings, size: Sizes, steps: Sizes, result: Sizes, of_group: int, weight_steps: Sizes, lanes: int
 ) -> ConvolutionTables:
     """The positions for given shapes.
 
@@ -103,7 +96,6 @@ def convolution_tables(
         of_group: channels of the input in a group.
         weight_steps: the spatial strides of the weight.
         lanes: elements of a vector.
-        across_rows: whether vectors cross the rows of the result in any case.
     """
     image = _Extended(settings, result)
     taps = list(itertools.product(*(range(k) for k in settings.kernel)))
@@ -124,7 +116,7 @@ def convolution_tables(
     ]
     columns_to = [image.at(2, e) for _, e in columns]
     start = columns_to[0] if columns_to else 0
-    vector_from, vector_to, is_buffered = _vectors(image, result, lanes, across_rows)
+    vector_from, vector_to, is_buffered = _vectors(image, result, lanes)
     result_rows = [image.at_result(d, h) for d in range(result[0]) for h in range(result[1])] if is_buffered else []
     return ConvolutionTables(
         plane=image.elements,
@@ -142,7 +134,7 @@ def convolution_tables(
     )
 
 
-def _vectors(image: _Extended, result: Sizes, lanes: int, across_rows: bool) -> tuple[list[int], list[int], bool]:
+def _vectors(image: _Extended, result: Sizes, lanes: int) -> tuple[list[int], list[int], bool]:
     """The places of vectors in the extended image and in the result, and whether the result is a buffer with gaps."""
     depth, high, wide = result
     runs = [(image.at_result(d, h), (d * high + h) * wide, wide) for d in range(depth) for h in range(high)]
@@ -155,7 +147,7 @@ def _vectors(image: _Extended, result: Sizes, lanes: int, across_rows: bool) -> 
     last = joined[-1][0] + joined[-1][2]
     across = range(0, last, lanes)
     along = sum(-(-length // lanes) for _, _, length in joined)
-    if across_rows or joined[0][2] < lanes or along > _MOST_WASTE * len(across):
+    if joined[0][2] < lanes or along > _MOST_WASTE * len(across):
         return list(across), list(across), True
     # The last vector of a row ends with the row: it computes some results of the vector before again.
     starts = [(s, t, min(k, n - lanes)) for s, t, n in joined for k in range(0, n, lanes)]

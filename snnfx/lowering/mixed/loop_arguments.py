@@ -11,7 +11,6 @@ from torch import Tensor
 
 from snnfx.lowering.elementwise.cpp.build import load
 from snnfx.lowering.mixed.convolution_arguments import convolution_struct
-from snnfx.lowering.mixed.convolution_calls import Settings
 from snnfx.lowering.mixed.copied_rows import plan_copy
 from snnfx.lowering.mixed.operations import Addition, Convolution, Copy, Launch, Operation, Product
 from snnfx.lowering.mixed.ring_buffers import RingBuffer
@@ -19,10 +18,10 @@ from snnfx.lowering.mixed.sample_parts import SampleParts
 from snnfx.lowering.nonzero_lists import VECTOR_BYTES
 from snnfx.ops.buffer_pool import pool
 
-__all__ = ["ArgumentTable", "LoopArguments", "weight_gradient_arguments"]
+__all__ = ["ArgumentTable", "LoopArguments"]
 
 _Integer = ctypes.c_int64
-_PRODUCT, _KERNEL, _COPY, _SUM, _CONVOLUTION, _WEIGHT_GRADIENT = range(6)
+_PRODUCT, _KERNEL, _COPY, _SUM, _CONVOLUTION = range(5)
 _BLOCK = 2
 """The word of the struct of arguments of a fused kernel that has the elements of a block."""
 
@@ -133,18 +132,15 @@ class ArgumentTable:
         weight = operation.weight.resolve_neg()
         bias = None if operation.bias is None else operation.bias.resolve_neg().contiguous()
         self.copies_given |= weight is not operation.weight or bias is not operation.bias
-        out = operation.out.tensor
-        struct, buffers = convolution_struct(
-            operation.settings, operation.input.tensor, weight, out, self.parts.count
-        )
+        struct, buffers = convolution_struct(operation, weight, self.parts.count)
         packed = pool.empty((weight.numel(),), (1,), weight.dtype)
         self._alive += [weight, bias, struct, buffers, packed]
         return _Operation(
             kind=_CONVOLUTION,
-            count=out.shape[1],
+            count=operation.out.tensor.shape[1],
             out=_ring(operation.out),
             input=_ring(operation.input),
-            out_step=out.stride(1),
+            out_step=operation.out.tensor.stride(1),
             in_step=operation.input.tensor.stride(1),
             bias=0 if bias is None else bias.data_ptr(),
             matrix=weight.data_ptr(),
@@ -190,35 +186,3 @@ class ArgumentTable:
 
 def _ring(ring: RingBuffer) -> _Ring:
     return _Ring(ring.tensor.data_ptr(), ring.tensor.stride(0) * ring.tensor.element_size(), ring.rows.data_ptr())
-
-
-def weight_gradient_arguments(
-    settings: Settings, x: Tensor, grad: Tensor, gradient: Tensor
-) -> tuple[LoopArguments, list[Any]]:
-    """The arguments that add the gradient of the weight of a convolution, and the objects that have to stay alive.
-
-    Args:
-        settings: the settings of the convolution.
-        x: its input at all steps, `[T, N, C, *]`.
-        grad: the gradient of its result, `[T, N, C, *]`, contiguous.
-        gradient: the sum, contiguous.
-    """
-    struct, buffers = convolution_struct(settings, x, gradient, grad, 1, of_weight=True)
-    steps = torch.arange(x.shape[0])
-    zero = torch.zeros_like(steps)
-    operations = (_Operation * 1)(
-        _Operation(
-            kind=_WEIGHT_GRADIENT,
-            count=x.shape[1],
-            out=_ring(RingBuffer(gradient.unsqueeze(0), zero)),
-            input=_ring(RingBuffer(x, steps)),
-            other=_ring(RingBuffer(grad, steps)),
-            in_step=x.stride(1),
-            out_step=grad.stride(1),
-            convolution=ctypes.addressof(struct),
-        )
-    )
-    arguments = LoopArguments(
-        T=x.shape[0], operations=ctypes.addressof(operations), operation_count=1, samples=1, samples_of_block=1, parts=1
-    )
-    return arguments, [operations, struct, buffers, steps, zero]

@@ -45,7 +45,7 @@ struct Address {
   i64 word; // of the struct of arguments of a fused kernel
   Ring ring;
 };
-enum Kind { PRODUCT, KERNEL, COPY, SUM, CONVOLUTION, WEIGHT_GRADIENT };
+enum Kind { PRODUCT, KERNEL, COPY, SUM, CONVOLUTION };
 struct Operation {
   i64 kind, count;                  // count: samples
   Ring out, in, other;
@@ -275,11 +275,6 @@ static void part(Args &a, i64 number) {
           for (i64 n = begin; n < end; n++)
             convolve(*o.convolution, (const real *)o.in.at(i) + n * o.in_step, o.packed, o.bias,
                      (real *)o.out.at(i) + n * o.out_step, number);
-          break;
-        case WEIGHT_GRADIENT:
-          for (i64 n = begin; n < end; n++)
-            add_weight_gradient(*o.convolution, (const real *)o.in.at(i) + n * o.in_step,
-                                (const real *)o.other.at(i) + n * o.out_step, (real *)o.out.at(i));
           break;
         case KERNEL: {
           i64 *words = o.words + number * o.word_count;
