@@ -15,7 +15,10 @@ import snnfx
 from snnfx import neuron, surrogate
 from snnfx.lowering.elementwise.cpp import build
 from snnfx.lowering.mixed import compiled_loop, convolution_calls
+from snnfx.lowering.mixed.compiled_loop import CompiledLoop
 from snnfx.lowering.mixed.mixed_step import MixedStep
+from snnfx.lowering.mixed.operations import Call, Convolution
+from snnfx.lowering.mixed.ring_buffers import RingBuffer
 from snnfx.regions.region_modules import LoopRegion
 from support.stepping import assert_converts, assert_same, assert_same_run, fresh_copy, run_net, run_stepped, step_model
 
@@ -409,3 +412,44 @@ class OwnWeights(snnfx.MemoryModule):
 def test_a_weight_that_changes_in_each_step_is_left_to_pytorch() -> None:
     x_seq = torch.randn(4, 1, 2, 6, 5, dtype=torch.float64)
     assert_converts(OwnWeights().double(), x_seq, examples=True)
+
+
+def _up_to(most: int, dims: int, least: int = 1) -> list[int]:
+    return torch.randint(least, most + 1, (dims,)).tolist()
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_geometries_forward_and_backward(seed: int) -> None:
+    torch.manual_seed(seed)
+    dims, groups, is_transposed = 1 + seed % 3, 1 + seed % 2, seed % 4 > 1
+    inputs, outputs = (groups * n for n in _up_to(9, 2))
+    kernel, stride, dilation = _up_to(3, dims), _up_to(3, dims), _up_to(3, dims)
+    padding, size = _up_to(2, dims, 0), _up_to(12 if dims < 3 else 4, dims, 8 if dims < 3 else 4)
+    shape = (inputs, outputs // groups, *kernel) if is_transposed else (outputs, inputs // groups, *kernel)
+    weight, bias = torch.randn(shape, dtype=torch.float64), torch.randn(outputs, dtype=torch.float64)
+    rest = (stride, padding, dilation, is_transposed, [0] * dims, groups)
+    if is_transposed:
+        size = [n + 4 for n in size]
+    x = torch.randn(2, 3, inputs, *size, dtype=torch.float64)
+    y = torch.stack([torch.ops.aten.convolution(x_t, weight, bias, *rest) for x_t in x])
+    grad = torch.randn_like(y)
+    mask = [True, False, False]
+    wanted = [
+        torch.ops.aten.convolution_backward(g, x_t, weight, None, *rest, mask)[0]
+        for g, x_t in zip(grad, x, strict=True)
+    ]
+    settings = (weight.shape, stride, padding, dilation, groups)
+    forward = convolution_calls._settings(*settings, is_transposed, is_transposed)
+    backward = convolution_calls._settings(*settings, not is_transposed, not is_transposed)
+    assert_same(convolved(x, weight, bias, forward, y), y)
+    assert_same(convolved(grad, weight, None, backward, x), torch.stack(wanted))
+
+
+def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, settings: Any, like: Tensor) -> Tensor:
+    """The results of two iterations of a compiled loop of one convolution."""
+    out, rows = torch.full_like(like, float("nan")), torch.arange(2)
+    rings = RingBuffer(x, rows), RingBuffer(out, rows)
+    by_pytorch = Call("convolution", [rings[0]], lambda values, targets: None, [rings[1]])
+    operation = Convolution(rings[0], weight, bias, settings, rings[1], by_pytorch)
+    CompiledLoop([operation], 2, by_events=False).run()
+    return out
