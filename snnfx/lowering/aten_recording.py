@@ -24,6 +24,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 
 from snnfx.ops.operator_lookup import traits_of_function
+from snnfx.ops.shared_memory import are_disjoint
 from snnfx.ops.traits import OperatorTraits
 from snnfx.ops.written_arguments import written_tensors
 from snnfx.sandbox.torch_internals import (
@@ -315,7 +316,7 @@ class _Recorder(TorchDispatchMode):
         return list({id(t): t for t in sharing if t is not tensor}.values())
 
     def _aliases_of_written(self, name: str, tensor: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """The written tensor with each tensor that is the same memory; a view of a part of it may not be read again."""
+        """The written tensor with each tensor of the same memory; other views of its elements may not be read again."""
         aliases: list[tuple[Tensor, Tensor]] = []
         sharing = self._sharing(tensor)
         if any(self.values[self.number_of[id(t)]].origin == "constant" for t in (tensor, *sharing)):
@@ -323,7 +324,7 @@ class _Recorder(TorchDispatchMode):
         for other in sharing:
             if _geometry(other) == _geometry(tensor):
                 aliases.append((tensor, other))
-            else:
+            elif not are_disjoint(other, tensor):
                 self.overwritten.add(id(other))
         return aliases
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from snnfx.lowering.choices.fastest import Choice, Fastest
+from snnfx.lowering.mixed.loop_source import LOOP_SOURCE
 from snnfx.regions.sequence_region import tensors_of
 
 __all__ = ["LOOPS", "RunLoop", "SteppingChoice"]
@@ -106,7 +107,8 @@ class SteppingChoice:
         if any(t._backward_hooks for t in parameters):  # a measurement would call them
             return Choice("kernels", "fixed", is_final=False)
         if not self._digest:
-            self._digest = hashlib.sha256(self._step.code.encode()).hexdigest()[:16]
+            # Another version of the loop is measured anew.
+            self._digest = hashlib.sha256((self._step.code + LOOP_SOURCE).encode()).hexdigest()[:16]
         calls = {name: _timed(run, x_seq, state, constants) for name, run in ways.items()}
         return LOOPS.choose((self._digest, *key[:4]), "kernels", lambda: calls)
 

@@ -168,3 +168,14 @@ def test_a_measurement_leaves_the_graph_of_a_computed_weight(monkeypatch: pytest
     (found,) = torch.autograd.grad(net(x_seq).sum(), [model.weight])
     assert measured
     assert_same(found, wanted)
+
+
+def test_another_version_of_the_loop_is_measured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = measured_as(monkeypatch, "kernels")
+    for count, source in ((2, "one"), (2, "one"), (4, "another")):
+        monkeypatch.setattr(stepping_choice, "LOOP_SOURCE", source)
+        LOOPS.remembered.forget()
+        _, net = made()
+        with torch.no_grad():
+            net(torch.rand(3, 2, 5).double())
+        assert len(measured) == count

@@ -302,12 +302,16 @@ class Translator:
                 return ELEMENTWISE[call.name](RuleContext(call, value, self.values, self.builder, self.expression))
         if value.has_selected_size:
             raise LoweringRefused("the size of an operand depends on values that may change")
-        if not _broadcasts(value.shape, self.shape):
+        if not self._fits(value.shape):
             raise LoweringRefused(f"an operand of shape {list(value.shape)} does not fit the step's {list(self.shape)}")
         index = self.operands.setdefault(number, len(self.operands))
         kind = "scalar" if _is_scalar(value.shape) else "invariant"
         # `LoweredStep` converts small integers to float64, which represents them exactly.
         return self.builder.leaf(kind, index, compute_dtype(value.dtype if value.dtype in _MEMORY else torch.float64))
+
+    def _fits(self, shape: Sequence[int]) -> bool:
+        """Whether a kernel reads an operand of a shape."""
+        return _broadcasts(shape, self.shape)
 
     def _view_expression(self, number: int, call: AtenCall) -> Expression:
         """The expression of the result of an operator that moves values; refuse if values change position."""

@@ -6,6 +6,7 @@ The step and its backward pass are lists of ATen calls (`snnfx.lowering.aten_rec
 |----------------------|---------------------------------------------------------------------------------------|
 | `call_kinds`         | tables of operators (views, batched, linear); a call as a functional call             |
 | `fused_group`        | element-wise calls of a step, fused into one kernel                                   |
+| `convolution_calls`  | recorded convolutions and input gradients as convolutions of an extended input        |
 | `schedule`           | the order of a pass: before the loop, stages of each step, after the loop             |
 | `batched_calls`      | run the calls before and after the loop for all time steps at once                    |
 | `gradient_by_events` | the gradient of a weight from the elements of its operand that are not zero           |
@@ -14,7 +15,11 @@ The step and its backward pass are lists of ATen calls (`snnfx.lowering.aten_rec
 | `parts`              | parts of joined values, which kernels write to their places or copies move there      |
 | `ring_buffers`       | the memory of the values of a loop                                                    |
 | `operations`         | the operations of an iteration on ring buffers; each can run from Python              |
+| `copied_rows`        | divide a copy into rows of consecutive bytes                                          |
 | `sample_parts`       | divide the samples among threads                                                      |
+| `convolution_tables` | the positions that a convolution reads and writes                                     |
+| `convolution_source` | C++ of a convolution of one sample                                                    |
+| `convolution_arguments` | the struct of its arguments                                                        |
 | `loop_source`        | C++ that runs the operations of all iterations: products, fused kernels, copies       |
 | `loop_arguments`     | the structs of its arguments                                                          |
 | `compiled_loop`      | run all iterations in one call, or the reason against it                              |

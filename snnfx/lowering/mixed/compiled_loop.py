@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from snnfx.lowering.elementwise.cpp.build import load, openmp
+from snnfx.lowering.mixed.copied_rows import plan_copy
 from snnfx.lowering.mixed.loop_arguments import ArgumentTable, LoopArguments
 from snnfx.lowering.mixed.loop_source import LOOPS
-from snnfx.lowering.mixed.operations import Addition, Assembly, Call, Copy, Launch, Operation, Product
+from snnfx.lowering.mixed.operations import Addition, Assembly, Call, Convolution, Copy, Launch, Operation, Product
 from snnfx.lowering.mixed.sample_parts import plan_parts
 
 __all__ = ["CompiledLoop", "build_loop", "reason_against_compiling"]
@@ -48,14 +49,14 @@ def reason_against_compiling(operations: Sequence[Operation]) -> str:
             for ring in (operation.term, operation.so_far, operation.following)
         ):
             return "a value that is not consecutive in memory is summed"
-    if any(isinstance(copy, Copy) and not _copies_rows(copy) for copy in _expanded(operations)):
+    if any(isinstance(copy, Copy) and plan_copy(copy) is None for copy in _expanded(operations)):
         return "a value is copied to another dtype or layout"
     return ""
 
 
 def _dtypes_of(operations: Sequence[Operation]) -> set[torch.dtype]:
-    """The dtypes of products and sums."""
-    dtypes = {o.out.tensor.dtype for o in operations if isinstance(o, Product)}
+    """The dtypes of products, convolutions and sums."""
+    dtypes = {o.out.tensor.dtype for o in operations if isinstance(o, Product | Convolution)}
     return dtypes | {o.following.tensor.dtype for o in operations if isinstance(o, Addition)}
 
 
@@ -66,14 +67,6 @@ def _expanded(operations: Sequence[Operation]) -> list[Operation]:
 
 def _is_row_major(tensor: Tensor) -> bool:
     return tensor.shape[-1] <= 1 or tensor.stride(-1) == 1
-
-
-def _copies_rows(copy: Copy) -> bool:
-    """Whether each row of the first dimension of a step is a copy of consecutive bytes."""
-    source, target = copy.source.tensor, copy.target.tensor
-    if (source.dtype, source.shape[1:]) != (target.dtype, target.shape[1:]):
-        return False
-    return target.numel() == 0 or all(t.dim() < 2 or t[0, 0].is_contiguous() for t in (source, target))
 
 
 class CompiledLoop:
@@ -139,6 +132,8 @@ def _threads(operations: Sequence[Operation], T: int) -> int:
     for operation in operations:
         if isinstance(operation, Product):
             work += operation.out.tensor[0].numel() * operation.matrix.shape[0]
+        elif isinstance(operation, Convolution):
+            work += operation.work
         elif isinstance(operation, Launch):
             work += operation.layout.elements
     return torch.get_num_threads() if work * T >= _MIN_PARALLEL_WORK and openmp() is not None else 1

@@ -148,6 +148,10 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 def _convolution(
     recording: Recording, call: AtenCall, number: int, stacks: dict[int, Tensor], invariants: dict[int, Tensor]
 ) -> Tensor:
+    """The sum over time of the gradient of a weight or bias, with T folded into the batch."""
+    if call.positions[call.results.index(number)] == 2:
+        grad = stacks[call.args[0].number]
+        return grad.sum((0, 1, *range(3, grad.dim())))
     functional = FunctionalCall.of(call, [number], recording)
     grad, x = (stacks[a.number].flatten(0, 1) for a in call.args[:2])
     return functional([grad, x, *(resolve_references(a, invariants) for a in functional.args[2:])], {})[0]

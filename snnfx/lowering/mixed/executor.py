@@ -23,11 +23,13 @@ from snnfx.lowering.elementwise.operand_layout import dense_strides, describe_op
 from snnfx.lowering.mixed.batched_calls import run_batched
 from snnfx.lowering.mixed.call_kinds import FunctionalCall, product_with_constant
 from snnfx.lowering.mixed.compiled_loop import CompiledLoop, reason_against_compiling
+from snnfx.lowering.mixed.convolution_calls import convolution_with_constant
 from snnfx.lowering.mixed.fused_group import FusedGroup, operand_dtype
 from snnfx.lowering.mixed.operations import (
     Addition,
     Assembly,
     Call,
+    Convolution,
     Copy,
     Iteration,
     Launch,
@@ -302,6 +304,7 @@ class ScheduleRun:
 
     def _operation(self, call: AtenCall, wanted: Sequence[int], out: list[RingBuffer]) -> Operation:
         product = product_with_constant(call, self.values)
+        term: Tensor | None
         if product is not None:
             left, matrix, bias = product
             term = None if bias is None else self.invariants[bias]
@@ -324,7 +327,13 @@ class ScheduleRun:
                 target.copy_(result)
 
         run = write_out if with_out is not None else compute_and_copy
-        return Call(call.name, [self._argument(n) for n in numbers], run, out)
+        by_pytorch = Call(call.name, [self._argument(n) for n in numbers], run, out)
+        found = convolution_with_constant(call, wanted, self.values)
+        if found is None:
+            return by_pytorch
+        term = None if found.bias is None else self.invariants[found.bias]
+        weight = self.invariants[found.weight]
+        return Convolution(self._argument(found.input), weight, term, found.settings, out[0], by_pytorch)
 
     def _group(self, group: FusedGroup) -> None:
         """Add the launch of a kernel; the argument structs of its iterations differ only in addresses."""

@@ -33,14 +33,17 @@ class _Members(Translator):
         value = self.values[number]
         if not value.varying or number in self.members:
             return super()._expression(number)
-        shape = without_leading_ones(value.shape)
-        sizes = zip(reversed(shape), reversed(self.shape), strict=False)
-        if len(shape) > len(self.shape) or any(s not in (1, size) for s, size in sizes):
+        if not self._fits(value.shape):
             raise LoweringRefused(f"a value of shape {list(value.shape)} does not fit {list(self.shape)}")
         memory = memory_dtype(value.dtype)
         index = self.read.setdefault(number, len(self.read))
         computed = "float32" if memory in ("float16", "bfloat16") else memory
         return self.builder.leaf("sequence", index, computed)
+
+    def _fits(self, shape: Sequence[int]) -> bool:
+        shape = without_leading_ones(shape)
+        sizes = zip(reversed(shape), reversed(self.shape), strict=False)
+        return len(shape) <= len(self.shape) and all(s in (1, size) for s, size in sizes)
 
 
 def is_elementwise(recording: Recording, number: int) -> bool:

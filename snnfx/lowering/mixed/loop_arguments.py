@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from snnfx.lowering.elementwise.cpp.build import load
-from snnfx.lowering.mixed.operations import Addition, Copy, Launch, Operation, Product
+from snnfx.lowering.mixed.convolution_arguments import convolution_struct
+from snnfx.lowering.mixed.copied_rows import plan_copy
+from snnfx.lowering.mixed.operations import Addition, Convolution, Copy, Launch, Operation, Product
 from snnfx.lowering.mixed.ring_buffers import RingBuffer
 from snnfx.lowering.mixed.sample_parts import SampleParts
 from snnfx.lowering.nonzero_lists import VECTOR_BYTES
@@ -19,7 +21,7 @@ from snnfx.ops.buffer_pool import pool
 __all__ = ["ArgumentTable", "LoopArguments"]
 
 _Integer = ctypes.c_int64
-_PRODUCT, _KERNEL, _COPY, _SUM = range(4)
+_PRODUCT, _KERNEL, _COPY, _SUM, _CONVOLUTION = range(5)
 _BLOCK = 2
 """The word of the struct of arguments of a fused kernel that has the elements of a block."""
 
@@ -38,7 +40,8 @@ class _Operation(ctypes.Structure):
         *((name, _Ring) for name in ("out", "input", "other")),
         *((name, _Integer) for name in ("out_step", "in_step", "width", "inputs", "bias", "bias_step", "matrix")),
         *((name, _Integer) for name in ("matrix_row", "matrix_column", "packed", "by_events", "run_part", "words")),
-        *((name, _Integer) for name in ("word_count", "addresses", "address_count")),
+        *((name, _Integer) for name in ("word_count", "addresses", "address_count", "convolution", "row_count")),
+        *((name, _Integer) for name in ("row_from", "row_to")),
     ]
 
 
@@ -73,10 +76,12 @@ class ArgumentTable:
     def _struct(self, operation: Operation) -> _Operation:
         if isinstance(operation, Product):
             return self._product(operation)
+        if isinstance(operation, Convolution):
+            return self._convolution(operation)
         if isinstance(operation, Launch):
             return self._launch(operation)
         if isinstance(operation, Copy):
-            return _copy(operation)
+            return self._copy(operation)
         assert isinstance(operation, Addition)
         shape = operation.following.tensor.shape[1:]
         count = shape[0] if shape else 1
@@ -123,6 +128,43 @@ class ArgumentTable:
         self.copies_given |= operation.bias.is_neg() or not used.is_contiguous()
         return used.contiguous()
 
+    def _convolution(self, operation: Convolution) -> _Operation:
+        weight = operation.weight.resolve_neg()
+        bias = None if operation.bias is None else operation.bias.resolve_neg().contiguous()
+        self.copies_given |= weight is not operation.weight or bias is not operation.bias
+        struct, buffers = convolution_struct(operation, weight, self.parts.count)
+        packed = pool.empty((weight.numel(),), (1,), weight.dtype)
+        self._alive += [weight, bias, struct, buffers, packed]
+        return _Operation(
+            kind=_CONVOLUTION,
+            count=operation.out.tensor.shape[1],
+            out=_ring(operation.out),
+            input=_ring(operation.input),
+            out_step=operation.out.tensor.stride(1),
+            in_step=operation.input.tensor.stride(1),
+            bias=0 if bias is None else bias.data_ptr(),
+            matrix=weight.data_ptr(),
+            packed=packed.data_ptr(),
+            convolution=ctypes.addressof(struct),
+        )
+
+    def _copy(self, operation: Copy) -> _Operation:
+        rows = plan_copy(operation)
+        assert rows is not None
+        self._alive.append(rows)
+        return _Operation(
+            kind=_COPY,
+            count=rows.samples,
+            out=_ring(operation.target),
+            input=_ring(operation.source),
+            out_step=rows.target_step,
+            in_step=rows.source_step,
+            width=rows.width,
+            row_count=len(rows.source),
+            row_from=rows.source.data_ptr(),
+            row_to=rows.target.data_ptr(),
+        )
+
     def _launch(self, operation: Launch) -> _Operation:
         words = list(operation.words)
         if self.parts.count > 1:
@@ -140,22 +182,6 @@ class ArgumentTable:
             addresses=ctypes.addressof(addresses),
             address_count=len(pairs),
         )
-
-
-def _copy(operation: Copy) -> _Operation:
-    source, target = operation.source.tensor, operation.target.tensor
-    size = target.element_size()
-    count = target.shape[1] if target.dim() > 1 else 1
-    width = target[0].numel() // max(count, 1) * size
-    return _Operation(
-        kind=_COPY,
-        count=count,
-        out=_ring(operation.target),
-        input=_ring(operation.source),
-        out_step=target.stride(1) * size if target.dim() > 1 else width,
-        in_step=source.stride(1) * size if source.dim() > 1 else width,
-        width=width,
-    )
 
 
 def _ring(ring: RingBuffer) -> _Ring:

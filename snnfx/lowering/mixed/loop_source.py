@@ -1,4 +1,4 @@
-"""The C++ source of a compiled time loop: products, fused kernels and copies, for all steps in one call.
+"""The C++ source of a compiled time loop: products, convolutions, fused kernels, copies, for all steps in one call.
 
 The source is the same for all loops. Its argument is a list of operations; a fused kernel is called by its address.
 Each part of the samples runs all time steps without waiting for another part.
@@ -11,11 +11,12 @@ each multiplication with its addition, so for a finite matrix they give the same
 from __future__ import annotations
 
 from snnfx.lowering.elementwise.cpp.cpp_kernel import KernelSource
+from snnfx.lowering.mixed.convolution_source import CONVOLUTION
 from snnfx.lowering.nonzero_lists import NONZERO_LISTS
 
-__all__ = ["LOOPS"]
+__all__ = ["LOOPS", "LOOP_SOURCE"]
 
-_TEXT = r"""
+_FUSED = r"""
 #include <atomic>
 // Multiplications and additions of a product are fused; the library of a kernel is compiled without.
 #if defined(__clang__)
@@ -25,7 +26,9 @@ _TEXT = r"""
 #define FUSED __attribute__((optimize("fp-contract=fast")))
 #define CONTRACT
 #endif
+"""
 
+_TEXT = r"""
 // Rows of a product whose lists are built together, rows of a dense block, the longest list.
 constexpr i64 CHUNK = 32, ROWS = 4, LONGEST = 1 << 15;
 
@@ -42,14 +45,14 @@ struct Address {
   i64 word; // of the struct of arguments of a fused kernel
   Ring ring;
 };
-enum Kind { PRODUCT, KERNEL, COPY, SUM };
+enum Kind { PRODUCT, KERNEL, COPY, SUM, CONVOLUTION };
 struct Operation {
   i64 kind, count;                  // count: samples
   Ring out, in, other;
   i64 out_step, in_step;            // from one sample to the next: elements; bytes of a copy
-  i64 width;                        // elements of a sample of the result; bytes of a copy
+  i64 width;                        // elements of a sample of the result; bytes of a row of a copy
   i64 inputs;                       // of a product
-  const real *bias;
+  const real *bias;                 // of a convolution: one element for each channel
   i64 bias_step;
   const real *matrix;
   i64 matrix_row, matrix_column;    // strides
@@ -60,6 +63,9 @@ struct Operation {
   i64 word_count;
   const Address *addresses;
   i64 address_count;
+  const Convolution *convolution;
+  i64 row_count;                    // rows of each sample of a copy
+  const i64 *row_from, *row_to;
 };
 struct Args {
   i64 T;
@@ -265,6 +271,11 @@ static void part(Args &a, i64 number) {
         case PRODUCT:
           a.active[number * a.operation_count + k] += product(o, i, begin, end, l, scratch);
           break;
+        case CONVOLUTION:
+          for (i64 n = begin; n < end; n++)
+            convolve(*o.convolution, (const real *)o.in.at(i) + n * o.in_step, o.packed, o.bias,
+                     (real *)o.out.at(i) + n * o.out_step, number);
+          break;
         case KERNEL: {
           i64 *words = o.words + number * o.word_count;
           for (i64 j = 0; j < o.address_count; j++) words[o.addresses[j].word] = (i64)o.addresses[j].ring.at(i);
@@ -274,7 +285,9 @@ static void part(Args &a, i64 number) {
         case COPY: {
           char *to = o.out.at(i);
           const char *from = o.in.at(i);
-          for (i64 r = begin; r < end; r++) memcpy(to + r * o.out_step, from + r * o.in_step, o.width);
+          for (i64 n = begin; n < end; n++)
+            for (i64 r = 0; r < o.row_count; r++)
+              memcpy(to + n * o.out_step + o.row_to[r], from + n * o.in_step + o.row_from[r], o.width);
           break;
         }
         case SUM: {
@@ -299,6 +312,7 @@ extern "C" void run(Args *a) {
   for (i64 k = 0; k < a->operation_count; k++) {
     Operation &o = a->operations[k];
     if (o.kind == PRODUCT) o.by_events &= pack(o) & (o.inputs <= LONGEST);
+    if (o.kind == CONVOLUTION) pack_kernel(*o.convolution, o.matrix, o.packed);
   }
   if (a->parts > 1) a->parallel(work, a, (unsigned)a->parts, 0);
   else work(a);
@@ -306,9 +320,13 @@ extern "C" void run(Args *a) {
 """
 
 
+LOOP_SOURCE = NONZERO_LISTS + _FUSED + CONVOLUTION + _TEXT
+"""The text for any type `real`."""
+
+
 def _source(ctype: str) -> KernelSource:
     head = f"#define WIDE {int(ctype == 'double')}\ntypedef {ctype} real;\n"
-    return KernelSource(head + NONZERO_LISTS + _TEXT, (), (), 0)
+    return KernelSource(head + LOOP_SOURCE, (), (), 0)
 
 
 LOOPS = {4: _source("float"), 8: _source("double")}

@@ -6,6 +6,7 @@ iterations in one call, if all of them are of a kind that it knows.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,10 +16,11 @@ from torch import Tensor
 
 from snnfx.lowering.elementwise.cpp.build import load
 from snnfx.lowering.elementwise.operand_layout import Layout
+from snnfx.lowering.mixed.convolution_calls import Settings
 from snnfx.lowering.mixed.fused_group import FusedGroup
 from snnfx.lowering.mixed.ring_buffers import RingBuffer
 
-__all__ = ["Addition", "Assembly", "Call", "Copy", "Iteration", "Launch", "Operation", "Product"]
+__all__ = ["Addition", "Assembly", "Call", "Convolution", "Copy", "Iteration", "Launch", "Operation", "Product"]
 
 _STRUCTS_AT_ONCE = 1024
 """Iterations for which the argument structs of a kernel are built at once."""
@@ -223,3 +225,39 @@ class Call(Operation):
             run([steps[i] for steps in operands], [steps[i] for steps in out])
 
         return call
+
+
+@dataclass
+class Convolution(Operation):
+    """A convolution with a weight that is the same at each iteration, or the gradient of its input.
+
+    Args:
+        input: `[R, N, C, *]`.
+        weight: the weight.
+        bias: `[C]`, or None.
+        settings: the settings.
+        out: `[R, N, C, *]`, contiguous.
+        call: the call of PyTorch that computes the same.
+    """
+
+    input: RingBuffer
+    weight: Tensor
+    bias: Tensor | None
+    settings: Settings
+    out: RingBuffer
+    call: Call
+
+    @property
+    def work(self) -> int:
+        """Multiplications of a step."""
+        of_group = self.input.tensor.shape[2] // self.settings.groups
+        return self.out.tensor[0].numel() * of_group * math.prod(self.settings.kernel)
+
+    def writes(self) -> list[RingBuffer]:
+        return [self.out]
+
+    def reads(self) -> list[RingBuffer]:
+        return [self.input]
+
+    def iteration(self, T: int) -> Iteration:
+        return self.call.iteration(T)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from snnfx.lowering.mixed.operations import Launch, Operation, Product
+from snnfx.lowering.mixed.operations import Convolution, Launch, Operation, Product
 from snnfx.lowering.mixed.ring_buffers import RingBuffer
 
 __all__ = ["SampleParts", "plan_parts"]
@@ -35,7 +35,7 @@ _ONE_PART = SampleParts(1, 1, 1)
 
 def plan_parts(operations: Sequence[Operation], threads: int) -> SampleParts:
     """Parts of whole blocks for a number of threads; one part if samples are not independent."""
-    samples = next((o.out.tensor.shape[1] for o in operations if isinstance(o, Product)), 1)
+    samples = next((o.out.tensor.shape[1] for o in operations if isinstance(o, Product | Convolution)), 1)
     if threads == 1 or samples == 1 or not _are_independent(operations, samples):
         return _ONE_PART
     of_block = -(-samples // threads)

@@ -19,6 +19,7 @@ from snnfx.lowering.mixed.call_kinds import (
     runs_batched,
     without_leading_ones,
 )
+from snnfx.lowering.mixed.convolution_calls import convolution_with_constant
 from snnfx.lowering.mixed.fused_group import FusedGroup, is_elementwise
 from snnfx.lowering.mixed.parts import parts_of
 
@@ -140,6 +141,7 @@ class Schedule:
         values, calls = self.recording.values, [call for stage in self.stages for call in stage.calls]
         heavy = [call for call in calls if self.kinds.of(call) == "heavy"]
         other = [c for c in heavy if not parts_of(c, values) and product_with_constant(c, values) is None]
+        other = [c for c in other if convolution_with_constant(c, self.results_read(c), values) is None]
         return list(dict.fromkeys(call.name for call in other))
 
     def _given_values(self) -> set[int]:

@@ -43,7 +43,7 @@ class Recurrent(nn.Module):
 
 
 class Convolutional(nn.Module):
-    """A recurrent convolution, which PyTorch computes in each step."""
+    """A recurrent convolution."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -298,6 +298,61 @@ def test_the_weight_gradient_skips_zeros(batch: int, monkeypatch: pytest.MonkeyP
     assert not used
 
 
+class Cell(snnfx.MemoryModule):
+    """A recurrent cell of PyTorch with its states."""
+
+    def __init__(self, cell: nn.Module) -> None:
+        super().__init__()
+        self.cell = cell
+        self.register_memory("h", None)
+        self.register_memory("c", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.h is None:
+            self.h = self.c = x.new_zeros(x.shape[0], 6)
+        if isinstance(self.cell, nn.LSTMCell):
+            self.h, self.c = self.cell(x, (self.h, self.c))
+        else:
+            self.h = self.cell(x, self.h)
+        return self.h
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+def test_cells_of_pytorch(kind: Callable[..., nn.Module], bias: bool) -> None:
+    for T, batch in ((1, 1), (5, 1), (6, 3)):
+        model = Cell(kind(4, 6, bias=bias)).double()
+        assert_compiled(assert_converts(model, torch.randn(T, batch, 4, dtype=torch.float64), examples=True))
+
+
+@pytest.mark.parametrize("options", [{}, {"learn_threshold": True}, {"reset_mechanism": "subtract"}])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_slstm_of_snntorch(options: dict[str, Any], batch: int) -> None:
+    snntorch = pytest.importorskip("snntorch")
+    cell = snntorch.SLSTM(6, 6, threshold=0.1, init_hidden=True, spike_grad=surrogate.ATan(), **options)
+    model = nn.Sequential(nn.Linear(4, 6), cell, nn.Linear(6, 2)).double()
+    # The cell creates its first states in the default dtype.
+    torch.set_default_dtype(torch.float64)
+    try:
+        net = assert_converts(model, torch.randn(5, batch, 4, dtype=torch.float64), examples=True)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_compiled(net)
+
+
+def test_an_operand_for_one_sample_is_read_by_a_kernel() -> None:
+    class Learnt(Feedback):
+        def __init__(self) -> None:
+            super().__init__(3, 5)
+            self.term = nn.Parameter(torch.rand(1, 5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.term.exp() + self.term
+
+    for batch in (1, 3):
+        assert_compiled(assert_converts(Learnt().double(), torch.randn(4, batch, 3).double(), examples=True))
+
+
 def test_other_dtypes_are_left_to_pytorch() -> None:
     model = Feedback(3, 5).bfloat16()
     x_seq = torch.randn(4, 2, 3).bfloat16()
@@ -306,33 +361,35 @@ def test_other_dtypes_are_left_to_pytorch() -> None:
     assert mixed_of(net).reason_for_python == "its products are computed in bfloat16"
 
 
-class Convolution(snnfx.MemoryModule):
+class Summed(snnfx.MemoryModule):
+    """A layer whose state returns through a product and a call that PyTorch computes."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.back = nn.Conv1d(2, 2, 3, padding=1)
+        self.back = nn.Linear(5, 5)
         self.register_memory("h", None)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.h is None:
             self.h = torch.zeros_like(x)
-        self.h = torch.tanh(x + self.back(self.h))
+        self.h = torch.tanh(x + self.back(self.h).cumsum(1))
         return self.h
 
 
 def test_explain_names_the_operator_that_keeps_python_in_the_loop() -> None:
-    x_seq = torch.randn(4, 3, 2, 5)
-    net = snnfx.convert(Convolution(), example_inputs=x_seq[0])
+    x_seq = torch.randn(4, 3, 5)
+    net = snnfx.convert(Summed(), example_inputs=x_seq[0])
     (before,) = snnfx.explain(net).kernels
     net(x_seq)
     (after,) = snnfx.explain(net).kernels
     for note in (before, after):
         assert note.startswith("Stepped with element-wise kernels")
-        assert "because PyTorch computes `convolution` in each step" in note
+        assert "because PyTorch computes `cumsum` in each step" in note
 
 
 @pytest.mark.parametrize(
     ("make", "shape", "way"),
-    [(lambda: Recurrent(5), (3, 8), "kernel"), (Convolution, (3, 2, 5), "stepped, with kernels")],
+    [(lambda: Recurrent(5), (3, 8), "kernel"), (Summed, (3, 5), "stepped, with kernels")],
 )
 def test_the_way_is_known_before_the_first_call(make: Callable[[], nn.Module], shape: Any, way: str) -> None:
     net = snnfx.convert(make(), example_inputs=torch.randn(shape))
