@@ -14,7 +14,7 @@ from snnfx.lowering.choices.remembered import Key, Remembered
 __all__ = ["Choice", "Fastest"]
 
 _SECONDS = 0.01
-"""Time of one measurement, about; a key is measured twice."""
+"""Time of one measurement, about; a key is measured two or three times."""
 
 _MOST_SECONDS = 0.03
 _SAFE_ROUNDS, _MOST_ROUNDS = 3, 5
@@ -61,7 +61,7 @@ class Fastest:
             stem,
             accept=lambda value: value if isinstance(value, str) and value in names else None,
             agree=lambda first, second: first if first == second else None,
-            otherwise=lambda first, second: "",
+            otherwise=lambda *measured: "",
         )
 
     def choose(self, key: Key, fixed: str, functions: Callable[[], Mapping[str, Callable[[], object]]]) -> Choice:
@@ -81,7 +81,7 @@ class Fastest:
             if not may_measure_now():
                 return Choice(fixed, "fixed in a call that cannot be measured", is_final=False)
             found = self.remembered.get(key, lambda: self.measure(fixed, functions()))
-        return Choice(found, "measured") if found else Choice(fixed, "fixed after two measurements that differ")
+        return Choice(found, "measured") if found else Choice(fixed, "fixed after three measurements that differ")
 
     def measure(self, fixed: str, functions: Mapping[str, Callable[[], object]]) -> str:
         """The name of the fastest function; the first round only builds and allocates."""

@@ -1,7 +1,7 @@
 """Measured values by key, kept in this process and in the cache folder.
 
-A value is measured twice. Two measurements that agree are stored; two that do not, because other processes took the
-cores, hold for this process only. A file that is not complete, or that another version wrote, counts as empty.
+A value is measured until two measurements agree, at most three times, because other processes may take the cores. Two
+that agree are stored; otherwise the value holds for this process only. A file that is not complete counts as empty.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Remembered(Generic[V]):
         stem: the beginning of the file's name.
         accept: the value that an entry of the file stands for; None: the entry is ignored.
         agree: the value of two measurements that agree, else None.
-        otherwise: the value of two measurements that do not agree, for this process.
+        otherwise: the value of three measurements that do not agree, for this process.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Remembered(Generic[V]):
         stem: str,
         accept: Callable[[object], V | None],
         agree: Callable[[V, V], V | None],
-        otherwise: Callable[[V, V], V],
+        otherwise: Callable[[V, V, V], V],
     ) -> None:
         self.stem, self._accept, self._agree, self._otherwise = stem, accept, agree, otherwise
         self._known: dict[Key, V] = {}
@@ -76,7 +76,11 @@ class Remembered(Generic[V]):
         first, second = measure(), measure()
         agreed = self._agree(first, second)
         if agreed is None:
-            return self._otherwise(first, second)
+            third = measure()
+            pairs = (self._agree(earlier, third) for earlier in (second, first))
+            agreed = next((value for value in pairs if value is not None), None)
+            if agreed is None:
+                return self._otherwise(first, second, third)
         content = json.dumps({**self.stored(), key: agreed}, indent=1).encode()
         try:
             write_atomically(content, places(self._name())[0])

@@ -1,8 +1,8 @@
 """The density below which a product is faster by events, measured once for each machine and shape.
 
 The first call of a shape times the dense product and the kernel at two densities, on a part of the batch: the time of
-the kernel grows linearly with the density. `snnfx.lowering.choices.remembered` keeps the result; two measurements that
-do not agree are moved towards an expected value. Where choices are pinned (`snnfx.lowering.choices.permission`), a
+the kernel grows linearly with the density. `snnfx.lowering.choices.remembered` keeps the result; of three measurements
+that do not agree the median holds. Where choices are pinned (`snnfx.lowering.choices.permission`), a
 fixed density decides, so that equal inputs run alike in each process.
 """
 
@@ -30,13 +30,11 @@ _REPEATS = 3
 _AGREEMENT = 0.1
 """The largest difference of two measurements that agree."""
 
-_EXPECTED = 0.3
-
 REMEMBERED: Remembered[float] = Remembered(
     "crossovers",
     accept=lambda value: float(value) if isinstance(value, int | float) else None,
     agree=lambda first, second: (first + second) / 2 if abs(first - second) <= _AGREEMENT else None,
-    otherwise=lambda first, second: sorted((first, second, _EXPECTED))[1],
+    otherwise=lambda *measured: sorted(measured)[1],
 )
 
 

@@ -96,10 +96,18 @@ def test_another_number_of_threads_is_another_key(clock: Clock, monkeypatch: pyt
     assert choose(chooser, clock.taking(1e-3), clock.taking(2e-3)).name == "a"
 
 
-def test_two_measurements_that_differ_leave_the_fixed_choice_and_are_not_stored(clock: Clock, folder: Path) -> None:
-    chooser = fastest(clock)
+def test_of_two_measurements_that_differ_a_third_decides(clock: Clock, folder: Path) -> None:
     slow_at_first = clock.taking(*[3e-3] * 5, 1e-3)  # the first measurement ends after its rounds
-    assert choose(chooser, clock.taking(2e-3), slow_at_first) == Choice("a", "fixed after two measurements that differ")
+    assert choose(fastest(clock), clock.taking(2e-3), slow_at_first) == Choice("b", "measured")
+    assert list(folder.iterdir())
+
+
+def test_three_measurements_that_differ_leave_the_fixed_choice_and_are_not_stored(clock: Clock, folder: Path) -> None:
+    chooser = Fastest("tested", ("a", "b", "c"), clock)
+    names = iter("abc")
+    chooser.measure = lambda fixed, functions: next(names)  # type: ignore[method-assign]
+    found = chooser.choose(("key",), "a", dict)
+    assert found == Choice("a", "fixed after three measurements that differ")
     assert not list(folder.iterdir())
 
 
