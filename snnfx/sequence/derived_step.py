@@ -127,7 +127,7 @@ class _Derivation:
                 self.values[node] = (self._inline(loops[target], node, states[target]), None)
             elif node.op != "get_attr" or node.target not in loops:
                 self.values[node] = self._add(node)
-        outputs = [self._output(node) for node in program.outputs]
+        outputs = [self._output(made) if isinstance(made, Node) else made for made in program.outputs]
         slots, nexts, initial = zip(*self.slots, strict=True) if self.slots else ((), (), ())
         self.graph.output((tuple(outputs), tuple(nexts), tuple(initial)))
         used = {str(n.target) for n in self.graph.nodes if n.op == "get_attr"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -144,3 +145,29 @@ class Folded6(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(x.flatten(0, 1)).reshape(x.shape[0], x.shape[1], 8)
+
+
+class WithConstants(nn.Module):
+    """Returns values that are no tensors beside its sequence, as models with an optional dictionary of hooks do."""
+
+    def __init__(self, reduces: bool) -> None:
+        super().__init__()
+        self.fc, self.reduces = nn.Linear(6, 4), reduces
+
+    def forward(self, x: Tensor, hooks: dict[str, Tensor] | None = None) -> tuple[Tensor, Any, int]:
+        u, out = torch.zeros(x.shape[1], 4, dtype=x.dtype), []
+        for t in range(x.shape[0]):
+            u = 0.5 * u + self.fc(x[t])
+            out.append(u)
+        y = torch.stack(out)
+        return (y.mean(0) if self.reduces else y), hooks, 3
+
+
+@pytest.mark.parametrize("reduces", [False, True])
+def test_outputs_without_tensors_leave_the_step_form(reduces: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.rand(6, 3, 6, dtype=torch.float64)
+    net = assert_converts_sequence(WithConstants(reduces), (x,), [(x[:3],)])
+    assert net.program.whole_sequences is None
+    outputs, state = net.run(x)
+    assert outputs[1:] == (None, 3) and len(state) == 1
