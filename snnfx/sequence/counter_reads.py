@@ -86,6 +86,7 @@ _MUTATIONS = frozenset("append appendleft insert extend pop popleft popitem remo
 _FUNCTIONS_OF_NUMBERS = frozenset("exp log log2 log10 sqrt pow sin cos tanh float print range append tensor".split())
 """Functions whose results grow with their argument, so that the first iterations show their effect."""
 _READS = frozenset("select narrow index_select".split())
+_METHODS = _READS | {"append", "masked_fill", "new_full"}
 _ARITHMETIC = ast.Add | ast.Sub | ast.Mult | ast.Div | ast.Pow
 
 
@@ -331,7 +332,9 @@ class _Uses:
         if isinstance(function.value, ast.Name) and function.value.id in ("torch", "F"):
             return function.attr not in ("floor", "ceil", "round", "clamp", "bitwise_and", "remainder", "fmod")
         of_library = isinstance(function.value, ast.Name) and function.value.id in ("math", "np", "numpy")
-        return function.attr in (_FUNCTIONS_OF_NUMBERS if of_library else _READS | {"append"})
+        return function.attr in (
+            _FUNCTIONS_OF_NUMBERS if of_library else _READS | {"append", "masked_fill", "new_full"}
+        )
 
     # -- lists --------------------------------------------------------------------------------------------------------
 

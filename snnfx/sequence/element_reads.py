@@ -157,9 +157,9 @@ def read_sequence(graph: fx.Graph, read: ElementRead) -> Node:
     return node
 
 
-def record_call(graph: fx.Graph, target: Any, args: tuple[Any, ...]) -> Node:
+def record_call(graph: fx.Graph, target: Any, args: tuple[Any, ...], **kwargs: Any) -> Node:
     """Record a call with its example value, at the insertion point of the graph."""
-    node = graph.call_function(target, args)
+    node = graph.call_function(target, args, kwargs)
     values = fx.map_arg(args, lambda n: VALUE.of(n))
-    VALUE.set(node, target(*values))
+    VALUE.set(node, target(*values, **kwargs))
     return node

@@ -28,7 +28,7 @@ from snnfx.sequence.alignment import Alignment
 from snnfx.sequence.element_reads import common_index
 from snnfx.sequence.loop_runs import LoopRun
 from snnfx.sequence.roles import Carried, Differs, Outside, Own, Varying, has_type_of, map_roles
-from snnfx.sequence.step_inputs import StepInputs
+from snnfx.sequence.step_inputs import FILLS, StepInputs
 from snnfx.state.registry import adapter_of
 
 __all__ = ["RolledLoop", "reroll"]
@@ -204,18 +204,42 @@ class _Reroll:
             if node.target is hold:
                 self.nodes.append(self._value(self.alignment.arguments[position][0][0], node))
                 continue
+            fill = self._varying_fill(position)
             args, kwargs = map_roles(
                 self.alignment.arguments[position],
-                lambda role, node=node: self._value(role, node),  # type: ignore[misc]
+                lambda role, node=node, fill=fill: 0 if role is fill else self._value(role, node),  # type: ignore[misc]
             )
-            new = self.graph.create_node(node.op, node.target, args, kwargs)
-            new.meta = {k: v for k, v in node.meta.items() if k != "iterations"}
+            new = self._like(node, node.op, node.target, args, kwargs)
+            if fill is not None:
+                number = self.inputs.numbers(fill.values, node)
+                new = self._like(node, "call_function", operator.add, (new, number), {})
             self.nodes.append(new)
+
+    def _like(self, node: Node, op: str, target: Any, args: Any, kwargs: Any) -> Node:
+        """A new node in the step, with the facts of a node of the call."""
+        new = self.graph.create_node(op, target, args, kwargs)
+        new.meta = {k: v for k, v in node.meta.items() if k != "iterations"}
+        return new
+
+    def _varying_fill(self, position: int) -> Varying | None:
+        """The numbers with which a node fills a tensor, if they differ between iterations: `torch.full_like(u, t)`.
+
+        The step adds the number to zeros, which an element of a tensor of numbers can be.
+        """
+        node, (args, _) = self.alignment.template[position], self.alignment.arguments[position]
+        value = VALUE.of(node)
+        if operation_name(node) not in FILLS or not args:
+            return None
+        fill, is_tensor = args[-1], isinstance(value, Tensor) and value.dim() > 0
+        if not is_tensor or not isinstance(fill, Varying) or isinstance(fill.values[0], Node):
+            return None
+        is_exact = value.is_floating_point() or all(isinstance(v, int) for v in fill.values)
+        return fill if is_exact and value.dtype != torch.bool else None
 
     def _element_read(self, position: int) -> Node | None:
         """The input that replaces a node that reads one element of a value from outside the loop."""
         args, kwargs = self.alignment.arguments[position]
-        if not args or not isinstance(args[0], Outside) or kwargs:
+        if not args or not isinstance(args[0], Outside) or kwargs or self._varying_fill(position) is not None:
             return None
         if not any(_contains_varying_numbers(a) for a in args[1:]):
             return None

@@ -17,10 +17,11 @@ from snnfx.ir.nodes import is_module_call, is_size
 from snnfx.ir.printing import describe_node, operation_name
 from snnfx.ir.program import StepProgram
 from snnfx.ops.run_loop import run_loop
-from snnfx.sequence.element_reads import arithmetic_progression, common_read, read_sequence, record_call
+from snnfx.sequence.element_reads import common_read, read_sequence, record_call
 from snnfx.sequence.roles import DependsOnLength, Differs, has_type_of
+from snnfx.sequence.step_numbers import record_numbers
 
-__all__ = ["StepInputs"]
+__all__ = ["FILLS", "StepInputs"]
 
 
 class _ReadsLength(Differs):
@@ -110,22 +111,17 @@ class StepInputs:
 
     def numbers(self, values: tuple[Any, ...], reader: Node) -> Node:
         """The input for a number that the code computes from the number of the iteration."""
-        if operation_name(reader) not in _ARITHMETIC:
+        if operation_name(reader) not in _ARITHMETIC | FILLS and not _selects(reader):
             raise Differs(f"an argument of `{describe_node(reader)}` is {values[0]!r}, then {values[1]!r}", reader)
-        progression = arithmetic_progression(values)
-        outer = self.program.graph
-        if progression is not None:
-            start, step = progression
-            value = record_call(outer, torch.arange, (start, start + step * len(values), step))
-        elif self.any_length:
+        outer, dtype = self.program.graph, _dtype_beside(reader)
+        value = record_numbers(outer, values, dtype) if self.any_length or _are_integers(values) else None
+        if value is None and self.any_length:
             raise DependsOnLength(
                 f"an argument of `{describe_node(reader)}` is {values[0]!r} in the first iteration, then {values[1]!r}",
                 reader,
             )
-        else:
-            # Float64 has the precision of Python, and gives way to the dtype of the tensors that it is combined with.
-            dtype = torch.float64 if any(isinstance(v, float) for v in values) else torch.int64
-            numbers = torch.tensor(values, dtype=dtype)
+        if value is None:
+            numbers = torch.tensor(values, dtype=torch.int64 if _are_integers(values) else dtype)
             value = outer.get_attr(self.program.constant(numbers))
             value.meta = {"val": numbers, "module": ""}
         return self._add_input("number", value, True, VALUE.of(value)[0])
@@ -212,5 +208,30 @@ class StepInputs:
         new.meta = {k: v for k, v in node.meta.items() if k != "iterations"}
         return new
 
+
+def _are_integers(values: tuple[Any, ...]) -> bool:
+    return all(isinstance(v, int) for v in values)
+
+
+def _dtype_beside(reader: Node) -> torch.dtype:
+    """The dtype of a tensor that stands for a Python float among the operands of a node.
+
+    Float64 has the precision of Python, and gives way to the dtype of floating-point tensors.
+    """
+    operands = [VALUE.of(n) for n in reader.all_input_nodes]
+    if not operands or any(isinstance(v, Tensor) and v.dim() and v.is_floating_point() for v in operands):
+        return torch.float64
+    return torch.get_default_dtype()
+
+
+def _selects(reader: Node) -> bool:
+    """Whether a node replaces elements of a tensor by a number: `torch.where(z, t, first)`."""
+    name, values = operation_name(reader), reader.args[1:] if operation_name(reader) == "where" else reader.args[:1]
+    tensors = [VALUE.of(v) for v in values if isinstance(v, Node)]
+    return name in ("where", "masked_fill") and any(isinstance(v, Tensor) and v.dim() > 0 for v in tensors)
+
+
+FILLS = frozenset({"full_like", "full", "new_full", "fill"})
+"""Operations that fill a tensor with their last argument, a number."""
 
 _ARITHMETIC = frozenset("add sub mul div truediv pow gt ge lt le eq ne maximum minimum rsub".split())

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from snnfx.errors import InputError
 from support.looped_models import Cell, assert_converts_sequence, spike
 
 
@@ -148,17 +147,10 @@ class Looped(nn.Module):
 
 ANY_LENGTH = (
     "delay_of_two own_element previous_element concatenated share_of_steps inverse_of_steps time_of_spikes first_step "
-    "from_the_second_step new_constants branch_on_mode dropout"
+    "from_the_second_step new_constants branch_on_mode dropout power exponential share_of_length"
 ).split()
 
 
 @pytest.mark.parametrize("kind", ANY_LENGTH)
 def test_equal_to_the_own_call_for_any_length(kind: str) -> None:
     assert_converts_sequence(Looped(kind), (sequence(7, 5, 6),), [(sequence(12, 2, 6),), (sequence(3, 2, 6),)])
-
-
-@pytest.mark.parametrize("kind", ["power", "exponential", "share_of_length"])
-def test_numbers_of_each_iteration_keep_the_length_of_the_example(kind: str) -> None:
-    net = assert_converts_sequence(Looped(kind), (sequence(7, 5, 6),))
-    with pytest.raises(InputError, match="SNNFX312"):
-        net(sequence(12, 5, 6))
