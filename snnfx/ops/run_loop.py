@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-
-from snnfx.errors import InputError
 
 __all__ = ["LoopHandle", "run_loop"]
 
@@ -41,16 +38,5 @@ def run_loop(
 
     Returns:
         `(outputs over time, state after the last iteration)`.
-
-    Raises:
-        InputError: SNNFX301, there are no iterations: iterations of other code take all time steps of the call.
     """
-    if not torch.compiler.is_compiling() and steps < 1:
-        raise InputError(
-            "SNNFX301",
-            "a call has too few time steps",
-            where=loop.location,
-            why="its first or last iteration runs code of its own, and no iteration is left for the others.",
-            hint="Pass one time step more for each such iteration.",
-        )
     return loop.net.run_iterations(steps, list(inputs), state)  # type: ignore[no-any-return, operator]

@@ -307,26 +307,6 @@ def test_iterations_that_differ() -> None:
     converts(Stepping(), sequence(), (torch.arange(T) % 2 == 0).to(torch.float64), entry="step", examples=True)
 
 
-def test_a_call_without_iterations_for_its_loop() -> None:
-    class Starting(Looped):
-        def forward(self, x: Tensor) -> Tensor:
-            v: Any = None
-            for t in range(x.shape[0]):
-                v = self.fc(x[t]) if t == 0 else v / (t + 2) + self.fc(x[t])
-            return v  # type: ignore[no-any-return]
-
-    model = Starting()
-    net = snnfx.convert(model, takes="sequence", example_inputs=(sequence(),))
-    refused(
-        "SNNFX301",
-        "ops/run_loop.py:run_loop",
-        "Pass one time step more for each such iteration.",
-        lambda: net(sequence(1, N, C)),
-    )
-    with silent():
-        torch.testing.assert_close(net(sequence(2, N, C)), model(sequence(2, N, C)))
-
-
 def test_an_input_that_is_shorter_than_its_loop() -> None:
     class Fixed(Looped):
         def forward(self, x: Tensor) -> Tensor:
