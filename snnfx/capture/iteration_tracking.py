@@ -18,7 +18,7 @@ import numbers
 import sys
 import sysconfig
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from types import CodeType, FrameType, TracebackType
 from typing import Any
@@ -27,7 +27,37 @@ from torch import Tensor, fx
 
 from snnfx.sandbox.user_code import is_library_code
 
-__all__ = ["Iteration", "IterationLimit", "IterationTracker", "LoopSource", "LoopValues", "TooManyIterations"]
+__all__ = [
+    "CalledFunction",
+    "FunctionKey",
+    "Iteration",
+    "IterationLimit",
+    "IterationTracker",
+    "Kinds",
+    "LoopSource",
+    "LoopValues",
+    "TooManyIterations",
+]
+
+
+FunctionKey = tuple[str, str, int]
+"""File, name and first line of a function of the user."""
+
+Kinds = dict[str, set[str]]
+"""The kinds of the values of each variable: "tensor", "tensors" (a list of them), "number" or "other"."""
+
+
+@dataclass
+class CalledFunction:
+    """A function of the user that the iterations of a loop call.
+
+    Args:
+        kinds: the kinds of its variables.
+        sites: file and line of the user's code that calls it.
+    """
+
+    kinds: Kinds = field(default_factory=dict)
+    sites: set[tuple[str, int]] = field(default_factory=set)
 
 
 @dataclass
@@ -35,13 +65,12 @@ class LoopValues:
     """The code and the variables of a loop that runs.
 
     Args:
-        called: file, name and first line of the user's functions that its iterations call.
-        kinds: the kinds of the values of each local variable and attribute: "tensor", "tensors" (a list of them),
-            "number" or "other".
+        called: the functions that its iterations call and that record nodes.
+        kinds: the kinds of the variables of the function with the loop.
     """
 
-    called: set[tuple[str, str, int]] = field(default_factory=set)
-    kinds: dict[str, set[str]] = field(default_factory=dict)
+    called: dict[FunctionKey, CalledFunction] = field(default_factory=dict)
+    kinds: Kinds = field(default_factory=dict)
     noted: tuple[int, int] | None = None
     """The latest run and iteration whose variables are known."""
 
@@ -49,8 +78,19 @@ class LoopValues:
         """Note the kinds of the variables, once for each iteration."""
         if self.noted != iteration:
             self.noted = iteration
-            for name, value in frame.f_locals.items():
-                self.kinds.setdefault(name, set()).add(_kind_of(value))
+            _note_kinds(self.kinds, frame)
+
+    def note_calls(self, calls: Iterable[tuple[FunctionKey, FrameType, tuple[str, int]]]) -> None:
+        """Note functions that run in an iteration: `(function, its frame, file and line of the call)`."""
+        for key, frame, site in calls:
+            function = self.called.setdefault(key, CalledFunction())
+            function.sites.add(site)
+            _note_kinds(function.kinds, frame)
+
+
+def _note_kinds(kinds: Kinds, frame: FrameType) -> None:
+    for name, value in frame.f_locals.items():
+        kinds.setdefault(name, set()).add(_kind_of(value))
 
 
 def _kind_of(value: Any) -> str:
@@ -133,7 +173,7 @@ class IterationTracker:
     def __init__(self) -> None:
         self._frames: dict[FrameType, _FrameLoops] = {}
         self._extents: dict[int, tuple[CodeType, tuple[_Extent, ...]]] = {}
-        self._functions: dict[int, tuple[CodeType, tuple[str, str, int] | None]] = {}
+        self._functions: dict[int, tuple[CodeType, FunctionKey | None]] = {}
         """User code by name; None for other code."""
         self._runs = 0
         self._of_modules: list[Iteration] = []
@@ -160,24 +200,27 @@ class IterationTracker:
     def current(self) -> tuple[Iteration, ...]:
         """The iterations that the running code belongs to, the outermost loop first."""
         found: list[Iteration] = []
-        called: set[tuple[str, str, int]] = set()
+        calls: list[tuple[FunctionKey, FrameType, tuple[str, int]]] = []
+        inner: tuple[FunctionKey, FrameType] | None = None
         frame: FrameType | None = sys._getframe(1)
         while frame is not None:
-            loops = self._frames.get(frame)
-            if loops is not None:
-                loops.arrive(frame.f_lasti)
-                running = loops.iterations()
-                for iteration in running:
-                    iteration.source.values.called |= called
-                    iteration.source.values.note_variables(frame, (iteration.run, iteration.index))
-                found += reversed(running)
             code = frame.f_code
             known = self._functions.get(id(code))  # hashing code takes longer than a call of it
             if known is None:
                 name = (code.co_filename, code.co_name, code.co_firstlineno) if _is_user_code(code) else None
                 known = self._functions[id(code)] = code, name
             if known[1] is not None:
-                called.add(known[1])
+                if inner is not None:
+                    calls.append((*inner, (code.co_filename, frame.f_lineno)))
+                inner = known[1], frame
+            loops = self._frames.get(frame)
+            if loops is not None:
+                loops.arrive(frame.f_lasti)
+                running = loops.iterations()
+                for iteration in running:
+                    iteration.source.values.note_calls(calls)
+                    iteration.source.values.note_variables(frame, (iteration.run, iteration.index))
+                found += reversed(running)
             frame = frame.f_back
         return (*reversed(found), *self._of_modules)
 

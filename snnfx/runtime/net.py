@@ -37,6 +37,7 @@ from snnfx.runtime.execution import Execution
 from snnfx.runtime.guard_check import GuardCheck
 from snnfx.runtime.net_operator import NetOperator
 from snnfx.runtime.net_summary import summary_as_html, summary_as_text
+from snnfx.runtime.no_iterations import run_no_iterations
 from snnfx.runtime.persistent_state import PersistentState
 from snnfx.runtime.replanning import PlanCache, capture_again, net_for, net_for_modes
 from snnfx.runtime.source_module import SourceModule
@@ -332,6 +333,14 @@ class Net(SourceModule):
             state: values before the first iteration, by slot; None: the initial value.
         """
         given = {name: value for name, value in state.items() if value is not None}
+        if not torch.compiler.is_compiling() and steps < 1:
+            return run_no_iterations(
+                self.program,
+                lambda zeros: self._execute(zeros, {}, given or None, (), 1)[:2],
+                inputs,
+                self._arguments.varying,
+                given,
+            )
         arguments: tuple[Tensor, ...] = ()
         if not given and inputs and not torch.compiler.is_compiling():
             has_time = any(self._arguments.varying)

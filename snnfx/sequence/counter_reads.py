@@ -11,9 +11,9 @@ from __future__ import annotations
 import ast
 import functools
 import linecache
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
-from snnfx.capture.iteration_tracking import LoopSource
+from snnfx.capture.iteration_tracking import CalledFunction, FunctionKey, Kinds, LoopSource
 from snnfx.sequence.loop_lengths import LoopLengths
 
 __all__ = ["may_branch_on_count"]
@@ -34,30 +34,122 @@ def may_branch_on_count(source: LoopSource) -> bool:
     else:
         bodies, tests = list(loop.body), []
         targets = [(loop.target, loop.iter)] if isinstance(loop, ast.For) else []
+    calls = _Calls(source.values.called)
     return (
         any(_reads_other_values(target, iterated, bodies, kinds) for target, iterated in targets)
-        or _Uses(bodies, kinds, targets, tests, lengths=LoopLengths(tree, loop, bodies, targets)).depend_on_count()
-        or any(_function_depends_on_count(*function) for function in source.values.called)
+        or _Uses(
+            bodies,
+            kinds,
+            targets,
+            tests,
+            lengths=LoopLengths(tree, loop, bodies, targets),
+            calls=calls,
+            filename=source.filename,
+            makes_tensors=_is_joined(tree, loop),
+        ).depend_on_count()
+        or any(calls.depends_on_count(function, frozenset()) for function in source.values.called)
     )
 
 
-def _function_depends_on_count(filename: str, name: str, line: int) -> bool:
-    """Whether a function that the iterations call keeps a counter or a list, and uses it to decide."""
+def _is_joined(tree: ast.Module, loop: _Loop) -> bool:
+    """Whether a comprehension is the argument of a function that joins tensors: `torch.stack([f(t) for t in ...])`."""
+    calls = (n for n in ast.walk(tree) if isinstance(n, ast.Call) and n.args[:1] == [loop])
+    return any(getattr(call.func, "attr", getattr(call.func, "id", "")) in _JOINS for call in calls)
+
+
+class _Calls:
+    """The functions of the user that the iterations call.
+
+    Args:
+        called: the functions by name.
+    """
+
+    def __init__(self, called: Mapping[FunctionKey, CalledFunction]) -> None:
+        self.called = called
+        self._open: set[tuple[FunctionKey, frozenset[str]]] = set()
+
+    def depends_on_count(self, function: FunctionKey, counters: frozenset[str]) -> bool:
+        """Whether a function keeps a counter or a list, or takes counters as arguments, and uses them to decide."""
+        definition = _definition_of(function)
+        if definition is None:
+            return bool(counters)  # without counters as where the loop itself calls a function of a library
+        if (function, counters) in self._open:  # a recursion
+            return False
+        self._open.add((function, counters))
+        try:
+            uses = self._uses_in(function, definition, counters)
+            return uses.depend_on_count()
+        finally:
+            self._open.discard((function, counters))
+
+    def _uses_in(self, function: FunctionKey, definition: _Function, counters: frozenset[str]) -> _Uses:
+        kinds = self.called[function].kinds
+        body: list[ast.AST] = list(definition.body)
+        return _Uses(body, kinds, (), (), of_attributes=True, calls=self, filename=function[0], counters=counters)
+
+    def functions_at(self, call: ast.Call, filename: str) -> list[FunctionKey]:
+        """The functions that a call runs."""
+        name = call.func.id if isinstance(call.func, ast.Name) else getattr(call.func, "attr", "")
+        lines = range(call.lineno, (call.end_lineno or call.lineno) + 1)
+        at_site = [f for f, c in self.called.items() if any(s[0] == filename and s[1] in lines for s in c.sites)]
+        # The call of a module runs its `forward`.
+        return [f for f in at_site if f[1] == name] or [f for f in at_site if f[1] in ("forward", "__call__")]
+
+    def returns_tensor(self, function: FunctionKey) -> bool:
+        """Whether a function surely returns a tensor."""
+        definition = _definition_of(function)
+        if definition is None:
+            return False
+        uses = self._uses_in(function, definition, frozenset())
+        returns = [n for n in ast.walk(definition) if isinstance(n, ast.Return)]
+        return bool(returns) and all(n.value is not None and uses.computes_tensor(n.value) for n in returns)
+
+    def is_harmless_in(self, function: FunctionKey, call: ast.Call, argument: ast.AST) -> bool:
+        """Whether a counter may be an argument of a call: the function shows its effect in the first iterations."""
+        definition = _definition_of(function)
+        parameter = None if definition is None else _parameter_of(function, definition, call, argument)
+        return parameter is not None and not self.depends_on_count(function, frozenset({parameter}))
+
+
+_Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def _definition_of(function: FunctionKey) -> _Function | None:
+    filename, name, line = function
     tree = _parsed(filename)
-    if tree is None:
-        return False  # as where the loop itself calls a function of a library
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or node.name != name:
+    for node in ast.walk(tree) if tree is not None else ():
+        if not isinstance(node, _Function) or node.name != name:
             continue
         if line in (node.lineno, *(d.lineno for d in node.decorator_list)):
-            return _Uses(list(node.body), {}, (), (), of_attributes=True).depend_on_count()
-    return False
+            return node
+    return None
 
 
-_Kinds = dict[str, set[str]]
+def _is_bound(function: FunctionKey, definition: _Function) -> bool:
+    """Whether the first parameter is the object or class of a method."""
+    if any(isinstance(d, ast.Name) and d.id == "staticmethod" for d in definition.decorator_list):
+        return False
+    tree = _parsed(function[0])
+    classes = [n for n in ast.walk(tree) if isinstance(n, ast.ClassDef)] if tree is not None else []
+    return any(definition in c.body for c in classes)
 
 
-def _reads_other_values(target: ast.AST, iterated: ast.AST, bodies: list[ast.AST], kinds: _Kinds) -> bool:
+def _parameter_of(function: FunctionKey, definition: _Function, call: ast.Call, argument: ast.AST) -> str | None:
+    """The parameter of a function that an argument of a call is bound to; None if that is not certain."""
+    if any(isinstance(a, ast.Starred) for a in call.args) or definition.args.vararg is not None:
+        return None
+    positional = [a.arg for a in (*definition.args.posonlyargs, *definition.args.args)]
+    for keyword in call.keywords:
+        if keyword is argument or keyword.value is argument:
+            known = {*positional, *(a.arg for a in definition.args.kwonlyargs)}
+            return keyword.arg if keyword.arg in known else None
+    if _is_bound(function, definition):
+        positional = positional[1:]
+    place = next((i for i, a in enumerate(call.args) if a is argument), len(positional))
+    return positional[place] if place < len(positional) else None
+
+
+def _reads_other_values(target: ast.AST, iterated: ast.AST, bodies: list[ast.AST], kinds: Kinds) -> bool:
     """Whether the loop iterates over numbers other than those of its iterations: `for gain, x in zip(gains, xs)`."""
     counters = _counted_names(target, iterated)
     names = {n.id for n in ast.walk(target) if isinstance(n, ast.Name)} - counters
@@ -85,7 +177,10 @@ def _counted_names(target: ast.AST, iterated: ast.AST) -> set[str]:
 _MUTATIONS = frozenset("append appendleft insert extend pop popleft popitem remove rotate".split())
 _FUNCTIONS_OF_NUMBERS = frozenset("exp log log2 log10 sqrt pow sin cos tanh float print range append tensor".split())
 """Functions whose results grow with their argument, so that the first iterations show their effect."""
+_JOINS = frozenset("stack cat concat concatenate hstack vstack".split())
 _READS = frozenset("select narrow index_select".split())
+_NUMBERS_OF_TENSORS = frozenset("shape ndim dtype device size dim numel item tolist stride len int float bool".split())
+"""Attributes, methods and functions of tensors that are Python values."""
 _METHODS = _READS | {"append", "masked_fill", "new_full"}
 _ARITHMETIC = ast.Add | ast.Sub | ast.Mult | ast.Div | ast.Pow
 
@@ -100,21 +195,32 @@ class _Uses:
         tests: the conditions of a comprehension, among the code.
         of_attributes: whether only attributes outlive a run of the code.
         lengths: the expressions of the number of iterations; None for a function that the iterations call.
+        calls: the functions that the iterations call.
+        filename: the file of the code.
+        counters: parameters that are counters.
+        makes_tensors: whether the code is the element of a comprehension, and a tensor.
     """
 
     def __init__(
         self,
         bodies: list[ast.AST],
-        kinds: _Kinds,
+        kinds: Kinds,
         targets: Iterable[tuple[ast.AST, ast.AST]],
         tests: Sequence[ast.AST],
         of_attributes: bool = False,
         lengths: LoopLengths | None = None,
+        *,
+        calls: _Calls,
+        filename: str,
+        counters: Set[str] = frozenset(),
+        makes_tensors: bool = False,
     ) -> None:
         self.bodies, self.kinds, self.of_attributes, self.lengths = bodies, kinds, of_attributes, lengths
+        self.calls, self.filename, self.makes_tensors = calls, filename, makes_tensors
         self.parents = {child: node for node in _nodes(bodies) for child in ast.iter_child_nodes(node)}
         self.tests = set(tests)
         self.loop_variables = {name for target, iterated in targets for name in _counted_names(target, iterated)}
+        self.loop_variables |= counters
         self.lists = {
             ast.unparse(node.func.value)
             for node in _nodes(bodies)
@@ -173,8 +279,7 @@ class _Uses:
             more = set()
             for node in _nodes(self.bodies):
                 if isinstance(node, ast.Assign | ast.AugAssign) and self._computes_number(node.value, found):
-                    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-                    more |= {key for key in map(ast.unparse, targets) if self._is_number(key)}
+                    more |= {key for key in map(ast.unparse, _targets(node)) if self._is_number(key)}
             if more <= found:
                 return found
             found |= more
@@ -185,6 +290,10 @@ class _Uses:
             return False
         if self._key(value) in counters:
             return True
+        if isinstance(value, ast.BinOp) and (self.computes_tensor(value.left) or self.computes_tensor(value.right)):
+            return False
+        if isinstance(value, ast.IfExp):  # the test is a use of its own
+            return any(self._computes_number(branch, counters) for branch in (value.body, value.orelse))
         return any(self._computes_number(child, counters) for child in ast.iter_child_nodes(value))
 
     def _is_number(self, key: str) -> bool:
@@ -220,10 +329,12 @@ class _Uses:
         current: ast.AST = node
         while True:
             parent = self.parents.get(current)
-            if parent is None or isinstance(parent, ast.Expr | ast.JoinedStr):
-                return parent is not None and not isinstance(parent, ast.JoinedStr)
+            if parent is None:
+                return self.makes_tensors and current not in self.tests
+            if isinstance(parent, ast.Expr | ast.JoinedStr):
+                return isinstance(parent, ast.Expr)
             if isinstance(parent, ast.BinOp) and isinstance(parent.op, _ARITHMETIC):
-                if self._computes_tensor(parent.right if parent.left is current else parent.left):
+                if self.computes_tensor(parent.right if parent.left is current else parent.left):
                     return True
                 current = parent
             elif (
@@ -238,14 +349,20 @@ class _Uses:
                 if self._is_element_read(parent):
                     return True
                 if not self._is_of_numbers(parent):
-                    return False
+                    functions = self.calls.functions_at(parent, self.filename)
+                    if not functions or not all(self.calls.is_harmless_in(f, parent, current) for f in functions):
+                        return False
+                    if all(map(self.calls.returns_tensor, functions)):
+                        return True
                 if isinstance(parent.func, ast.Name) and parent.func.id in ("print", "range"):
                     return True
                 current = parent
+            elif isinstance(parent, ast.Return):
+                # Its caller tests the call like the argument, but does not know counters that the function keeps.
+                return self.lengths is None and not any("." in key for key in self.counters)
             elif isinstance(parent, ast.Assign | ast.AugAssign):
                 # What is computed from a counter is one itself, or a tensor.
-                targets = parent.targets if isinstance(parent, ast.Assign) else [parent.target]
-                return all(isinstance(t, ast.Name | ast.Attribute) or self._is_tensor(t) for t in targets)
+                return all(isinstance(t, ast.Name | ast.Attribute) or self._is_tensor(t) for t in _targets(parent))
             else:
                 return False
 
@@ -294,17 +411,19 @@ class _Uses:
             return True  # its result is new in each iteration
         return isinstance(node, ast.Name) and bool(self.kinds.get(node.id)) and self.kinds[node.id] <= set(kinds)
 
-    def _computes_tensor(self, node: ast.AST) -> bool:
+    def computes_tensor(self, node: ast.AST) -> bool:
         """Whether an expression computes with a variable that is a tensor."""
         if isinstance(node, ast.Name):
             return self._is_tensor(node)
         if isinstance(node, ast.Subscript):
             return self._is_tensor(node, ("tensor", "tensors"))
         if isinstance(node, ast.Attribute):
-            return self._computes_tensor(node.value)
+            return node.attr not in _NUMBERS_OF_TENSORS and self.computes_tensor(node.value)
         if isinstance(node, ast.Call):
-            return any(map(self._computes_tensor, (node.func, *node.args)))
-        return isinstance(node, ast.BinOp | ast.UnaryOp) and any(map(self._computes_tensor, ast.iter_child_nodes(node)))
+            if getattr(node.func, "attr", getattr(node.func, "id", "")) in _NUMBERS_OF_TENSORS:
+                return False
+            return any(map(self.computes_tensor, (node.func, *node.args)))
+        return isinstance(node, ast.BinOp | ast.UnaryOp) and any(map(self.computes_tensor, ast.iter_child_nodes(node)))
 
     @staticmethod
     def _is_near(index: ast.AST) -> bool:
@@ -318,7 +437,7 @@ class _Uses:
     def _is_element_read(self, call: ast.Call) -> bool:
         """Whether a call reads an element of a tensor: `x.select(0, t)`."""
         function = call.func
-        return isinstance(function, ast.Attribute) and function.attr in _READS and self._computes_tensor(function.value)
+        return isinstance(function, ast.Attribute) and function.attr in _READS and self.computes_tensor(function.value)
 
     def _is_of_numbers(self, call: ast.Call) -> bool:
         """Whether a function computes with numbers and tensors only."""
@@ -387,6 +506,17 @@ def _loop_at(tree: ast.Module, source: LoopSource) -> _Loop | None:
 def _contains(node: _Loop, line: int, column: int) -> bool:
     start, end = (node.lineno, node.col_offset), (node.end_lineno or 0, node.end_col_offset or 0)
     return start <= (line, column) <= end
+
+
+def _targets(node: ast.Assign | ast.AugAssign) -> Iterator[ast.AST]:
+    """The variables and elements that an assignment sets."""
+    stack: list[ast.AST] = list(node.targets) if isinstance(node, ast.Assign) else [node.target]
+    while stack:
+        target = stack.pop()
+        if isinstance(target, ast.Tuple | ast.List):
+            stack += target.elts
+        else:
+            yield target.value if isinstance(target, ast.Starred) else target
 
 
 def _nodes(trees: list[ast.AST]) -> Iterator[ast.AST]:

@@ -100,14 +100,16 @@ def remove_loop_tests(program: StepProgram, run: LoopRun, any_length: bool) -> N
             operand = node.args[0] if node.target is expect_size else None
             if isinstance(operand, Node) and isinstance(node.args[1], bool) and operand in inside:
                 tests.setdefault((operand.target, tuple(operand.all_input_nodes), node.args[2]), []).append(node)
-    removed: set[Node] = set()
+    deciding = []
     for nodes in tests.values():
         numbers = {tuple(v for v in n.args[0].args if isinstance(v, int)) for n in nodes}  # type: ignore[union-attr]
         if len(numbers) == len(nodes):
+            deciding += nodes
             before_end = [n for n in nodes if n.args[1] is not nodes[-1].args[1]][-1:]
             for node in () if any_length else (*before_end, nodes[-1]):
                 _copy_in_front(program, run.bodies[0][0], node)
-            for node in nodes:
-                _erase_unused(program, node, removed)
+    removed: set[Node] = set()
+    for node in deciding:
+        _erase_unused(program, node, removed)
     for body in run.bodies:
         body[:] = [n for n in body if n not in removed]
