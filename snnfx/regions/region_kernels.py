@@ -288,7 +288,7 @@ class RegionKernels:
 
     def _keep(self, key: Any, entry: LoweringResult) -> None:
         if len(self.entries) >= _MAX_RECORDINGS:
-            self.entries.pop(next(iter(self.entries)))
+            self.entries.pop([*self.entries][0], None)  # a list, since other threads change the dict
         self.entries[key] = entry
 
 
