@@ -29,6 +29,8 @@ def read_elements(x: Tensor, dim: int, start: int, step: int, count: int) -> Ten
             hint=f"Pass an input with at least {max(start, last) + 1} time steps.",
         )
     x = x.movedim(dim, 0)
+    if count == 0:
+        return x[:0]
     low, high = min(start, last), max(start, last)
     if low < 0 <= high:
         index = torch.arange(start, last + (1 if step > 0 else -1), step, device=x.device)
