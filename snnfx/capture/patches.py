@@ -88,6 +88,7 @@ def patched_factories(recorder: Recorder) -> Iterator[None]:
     Random factories such as `torch.rand(5)` are always recorded; otherwise every call of the net would use the numbers
     drawn during the trace.
     """
+    torch.overrides.get_overridable_functions()  # torch keeps its tables for good: they must have the originals
     originals = {name: getattr(torch, name) for name in operations_with("creates")}
     random = [f for f in originals.values() if traits_of_function(f).random]
     thread: int | None = threading.get_ident()

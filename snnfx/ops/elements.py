@@ -18,9 +18,16 @@ def read_elements(x: Tensor, dim: int, start: int, step: int, count: int) -> Ten
     Indices below 0 count from the end, as in `x[t - 1]` for t = 0.
 
     Raises:
-        InputError: SNNFX231, an index is out of range.
+        InputError: SNNFX231, an index is out of range, or the number of elements is negative.
     """
     size, last = x.shape[dim], start + (count - 1) * step
+    if count < 0:
+        raise InputError(
+            "SNNFX231",
+            f"a call of {size} time step{'' if size == 1 else 's'} is too short for its loop over time",
+            why="the first and the last iteration run apart from all others.",
+            hint=f"Pass an input with at least {size - count} time steps.",
+        )
     if count > 0 and not (-size <= min(start, last) and max(start, last) < size):
         raise InputError(
             "SNNFX231",

@@ -32,7 +32,7 @@ def _weights(bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 @functools.cache
 def _elements(bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The elements that each of the 256 byte values encodes."""
-    shifted = torch.arange(256).unsqueeze(1) >> torch.arange(0, 8, bits)
+    shifted = torch.arange(256, device=device).unsqueeze(1) >> torch.arange(0, 8, bits, device=device)
     return (shifted & ((1 << bits) - 1)).to(device=device, dtype=dtype)
 
 

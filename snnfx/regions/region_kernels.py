@@ -287,8 +287,8 @@ class RegionKernels:
         return entry
 
     def _keep(self, key: Any, entry: LoweringResult) -> None:
-        if len(self.entries) >= _MAX_RECORDINGS:
-            self.entries.pop(next(iter(self.entries)))
+        for oldest in [*self.entries][: 1 - _MAX_RECORDINGS]:  # a list, since other threads change the dict
+            self.entries.pop(oldest, None)
         self.entries[key] = entry
 
 

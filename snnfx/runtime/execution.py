@@ -227,7 +227,7 @@ class Execution:
     ) -> tuple[Flat, State, Flat]:
         """Run k steps at a time and carry the state across the chunks; `checkpointed`: backward recomputes each."""
         varying = self.executable.varying_inputs
-        sequences = tuple(x for x, v in zip(leaves, varying, strict=True) if v) or (torch.arange(T),)
+        sequences = tuple(x for x, v in zip(leaves, varying, strict=True) if v) or (torch.arange(T, device="cpu"),)
         reduce = self.executable.options.reduce
 
         def inputs_of(chunk: Iterable[Tensor]) -> list[Tensor]:

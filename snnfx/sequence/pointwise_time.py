@@ -23,6 +23,7 @@ from snnfx.ir.nodes import is_size
 from snnfx.ir.printing import describe_node, operation_name
 from snnfx.ir.program import StepProgram
 from snnfx.ops.run_loop import run_loop
+from snnfx.ops.step_functions import expect_size
 from snnfx.sequence.reason_at_node import ReasonAtNode
 from snnfx.state.step_calls import call_opaque, call_stateful, initial_value, opaque_initial_value
 
@@ -109,9 +110,10 @@ def prove_pointwise(program: StepProgram, time: TimeDimension, varying_of: dict[
 
 
 def _relevant(program: StepProgram) -> list[Node]:
-    """The nodes that the outputs depend on."""
+    """The nodes that the outputs depend on, and the checks of sizes."""
     found: set[Node] = set()
-    stack = [o for o in program.outputs if isinstance(o, Node)]
+    checks = [n for n in program.graph.nodes if n.target is expect_size]
+    stack = [*checks, *(o for o in program.outputs if isinstance(o, Node))]
     while stack:
         node = stack.pop()
         if node not in found:

@@ -112,6 +112,7 @@ class _Reroll:
         self._check_uses()
         with self.program.graph.inserting_before(self.anchor):
             self._add_slots()
+            self._check_initial_values()
             self._add_nodes()
             initial = [self._initial_value(p) for p in self.slots]
         outputs = self._outputs()
@@ -352,6 +353,13 @@ class _Reroll:
         for node, user in self._uses():
             if node not in self.position_of and (user.op != "output" or node in read):
                 raise Differs(f"only the first iteration runs `{describe_node(node)}`", node)
+
+    def _check_initial_values(self) -> None:
+        """Refuse a loop that computes the initial value of a state that it does not carry."""
+        carried = self.state_of.values()
+        for slot, initial in zip(self.program.slot_nodes(), self.program.initial_values, strict=True):
+            if isinstance(initial, Node) and initial in self.inside and slot not in carried:
+                raise Differs(f"only the first iteration runs `{describe_node(initial)}`", initial)
 
     def _outputs(self) -> list[int]:
         """The positions whose value of each iteration the graph of the call reads."""

@@ -84,8 +84,30 @@ def _copy_in_front(program: StepProgram, anchor: Node, check: Node) -> None:
     copy(check)
 
 
+def _form(node: Node) -> Any:
+    """A size as nested tuples that are equal for equal computations; any other value as its node."""
+    if not is_size(node):
+        return node
+    return node.target, *(_form(a) if isinstance(a, Node) else repr(a) for a in node.args)
+
+
+def _tensors_read(check: Node) -> set[Node]:
+    """The values whose sizes a check reads."""
+    found: set[Node] = set()
+    pending = list(check.all_input_nodes)
+    while pending:
+        node = pending.pop()
+        if is_size(node):
+            pending += node.all_input_nodes
+        else:
+            found.add(node)
+    return found
+
+
 def remove_loop_tests(program: StepProgram, run: LoopRun, any_length: bool) -> None:
     """Remove the checks of sizes that decide about the next iteration: `while t < x.shape[0]`.
+
+    Checks that are the same in each iteration, such as `if x.shape[1] > 3`, move in front of the loop.
 
     Args:
         program: the program of the call.
@@ -99,17 +121,26 @@ def remove_loop_tests(program: StepProgram, run: LoopRun, any_length: bool) -> N
         for node in body:
             operand = node.args[0] if node.target is expect_size else None
             if isinstance(operand, Node) and isinstance(node.args[1], bool) and operand in inside:
-                tests.setdefault((operand.target, tuple(operand.all_input_nodes), node.args[2]), []).append(node)
-    deciding = []
-    for nodes in tests.values():
-        numbers = {tuple(v for v in n.args[0].args if isinstance(v, int)) for n in nodes}  # type: ignore[union-attr]
-        if len(numbers) == len(nodes):
-            deciding += nodes
-            before_end = [n for n in nodes if n.args[1] is not nodes[-1].args[1]][-1:]
-            for node in () if any_length else (*before_end, nodes[-1]):
-                _copy_in_front(program, run.bodies[0][0], node)
+                operands = tuple([_form(n) for n in operand.all_input_nodes])
+                tests.setdefault((operand.target, operands, node.args[2]), []).append(node)
     removed: set[Node] = set()
-    for node in deciding:
+    unneeded: list[Node] = []
+    order = {n: i for i, n in enumerate(program.graph.nodes)}
+    start = next((node for body in run.bodies for node in body), None)
+    for nodes in tests.values():
+        assert start is not None
+        numbers = {tuple(v for v in n.args[0].args if isinstance(v, int)) for n in nodes}  # type: ignore[union-attr]
+        if len(numbers) == len(nodes) > 1:
+            before_end = [n for n in nodes if n.args[1] is not nodes[-1].args[1]][-1:]
+            kept = [] if any_length else [*before_end, nodes[-1]]
+        elif len(numbers) == 1 and all(order[n] < order[start] for n in _tensors_read(nodes[0])):
+            kept = nodes[:1]
+        else:
+            continue
+        for node in kept:
+            _copy_in_front(program, start, node)
+        unneeded += nodes
+    for node in unneeded:  # behind all copies, which stand in front of a node of the loop
         _erase_unused(program, node, removed)
     for body in run.bodies:
         body[:] = [n for n in body if n not in removed]

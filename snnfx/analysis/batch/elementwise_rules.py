@@ -74,9 +74,10 @@ def _scaled(site: CallSite, batch_sized: list[Any], operands: list[Any]) -> Size
     """A multiple of the batch size, times or divided by a size; None for a result that folding does not scale."""
     if len(operands) != 2 or not all(isinstance(size, SizeFact) for size in batch_sized):
         return None
-    if len(batch_sized) == 2:
-        whole, part = (size.symbol for size in batch_sized)
-        return SizeFact() if site.name == "floor_divide" and site.is_multiple(whole, part) else None
+    if site.name == "remainder":
+        return SizeFact(value=0) if _quotient(site, batch_sized, operands) is not None else None
+    if len(batch_sized) == 2 or site.name == "floor_divide":
+        return _quotient(site, batch_sized, operands) if site.name == "floor_divide" else None
     symbol = batch_sized[0].symbol
     assert symbol is not None
     factor, _, base = symbol.rpartition("*")
@@ -89,11 +90,23 @@ def _scaled(site: CallSite, batch_sized: list[Any], operands: list[Any]) -> Size
             return None
         constant *= int(factor or 1)
         return SizeFact(symbol if constant == 1 else f"{constant}*{base}")
+    return None
+
+
+def _quotient(site: CallSite, batch_sized: list[Any], operands: list[Any]) -> SizeFact | None:
+    """A multiple of the batch size divided by a size that divides it without a remainder; None if that is unknown."""
+    if len(batch_sized) == 2:
+        whole, part = (size.symbol for size in batch_sized)
+        return SizeFact() if site.is_multiple(whole, part) else None
+    if operands[0] is not batch_sized[0]:
+        return None
+    symbol = batch_sized[0].symbol
+    factor, _, base = symbol.rpartition("*")
     multiple, cofactor = site.multiples.get(symbol, ("", None))
-    if site.name == "floor_divide" and cofactor is not None and cofactor == _identity(site, operands, 1):
+    if cofactor is not None and cofactor == _identity(site, operands, 1):
         return SizeFact(multiple)
     divisor = constant_int(operands[1])
-    if site.name == "floor_divide" and divisor and int(factor or 1) % divisor == 0 and operands[0] is batch_sized[0]:
+    if divisor and int(factor or 1) % divisor == 0:
         quotient = int(factor or 1) // divisor
         return SizeFact(base if quotient == 1 else f"{quotient}*{base}")
     return None

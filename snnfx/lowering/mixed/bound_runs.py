@@ -94,8 +94,8 @@ def run_schedule(
 
 def _keep(kept: dict[Key, BoundRun | None], key: Key, run: BoundRun | None) -> None:
     kept[key] = run
-    while len(kept) > _KEPT:
-        kept.pop(next(iter(kept), key), None)
+    for oldest in [*kept][:-_KEPT]:  # a list, since other threads change the dict
+        kept.pop(oldest, None)
 
 
 def _key(T: int, stacks: dict[int, Tensor], invariants: dict[int, Tensor], reverse: bool) -> Key | None:
@@ -105,7 +105,7 @@ def _key(T: int, stacks: dict[int, Tensor], invariants: dict[int, Tensor], rever
     for values in (stacks, invariants):
         for number, tensor in values.items():
             total += tensor.nbytes
-            described += (number, tensor.shape, tensor.stride(), tensor.dtype)
+            described += (number, tensor.shape, tensor.stride(), tensor.dtype, tensor.is_neg())
     return tuple(described) if total <= _MOST_BYTES else None
 
 

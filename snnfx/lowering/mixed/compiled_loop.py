@@ -86,7 +86,7 @@ class CompiledLoop:
         (dtype,) = _dtypes_of(operations) or {torch.float32}
         parts = plan_parts(operations, _threads(operations, T))
         self._table = ArgumentTable(operations, parts, by_events)
-        self._active = torch.zeros(parts.count, len(operations), dtype=torch.int64)
+        self._active = torch.zeros(parts.count, len(operations), dtype=torch.int64, device="cpu")
         runtime = openmp() if parts.count > 1 else None
         self._arguments = LoopArguments(
             T=T,

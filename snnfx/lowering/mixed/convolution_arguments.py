@@ -54,7 +54,7 @@ def convolution_struct(operation: Convolution, weight: Tensor, parts: int) -> tu
     )
     # A vector may read beyond the last element of the image; padding stays zero during all steps.
     image = (x.shape[2] * tables.plane + 2 * lanes - 1) // lanes * lanes
-    extended = torch.zeros(parts, image + _CHANNELS * tables.buffer, dtype=out.dtype)
+    extended = torch.zeros(parts, image + _CHANNELS * tables.buffer, dtype=out.dtype, device="cpu")
     is_swapped = settings.is_swapped
     struct = _Convolution(
         groups=groups,

@@ -155,4 +155,4 @@ def _vectors(image: _Extended, result: Sizes, lanes: int) -> tuple[list[int], li
 
 
 def _table(numbers: Sequence[int]) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.int64)
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")

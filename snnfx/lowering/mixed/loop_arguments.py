@@ -169,7 +169,7 @@ class ArgumentTable:
         words = list(operation.words)
         if self.parts.count > 1:
             words[_BLOCK] = self.parts.samples_of_block * (operation.layout.elements // self.parts.samples)
-        structs = torch.tensor(words * self.parts.count, dtype=torch.int64)
+        structs = torch.tensor(words * self.parts.count, dtype=torch.int64, device="cpu")
         pairs = operation.addresses
         addresses = (_Address * len(pairs))(*[_Address(word, _ring(ring)) for word, ring in pairs])
         self._alive += [structs, addresses]

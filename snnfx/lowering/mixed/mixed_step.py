@@ -236,9 +236,10 @@ class MixedStep:
 
     def invariants(self, constants: Sequence[Tensor]) -> dict[int, Tensor]:
         """The values that do not change with time, constants included, by number; the caller does not change it."""
-        places: list[object] = [(c.data_ptr(), c.shape, c.stride(), c.dtype) for c in constants]
-        if self._views is not None and self._views[0] == places and not dispatch_mode_count():
-            return self._views[1]
+        places: list[object] = [(c.data_ptr(), c.shape, c.stride(), c.dtype, c.is_neg()) for c in constants]
+        latest = self._views  # read once, since another thread may replace it
+        if latest is not None and latest[0] == places and not dispatch_mode_count():
+            return latest[1]
         known = {number: c.detach() for (number, _), c in zip(self.constants, constants, strict=True)}
         with torch.no_grad():
             self._prologue.run(known, ())
@@ -333,7 +334,7 @@ class MixedStep:
     def _incoming_gradient(self, number: int, gradient: Tensor | None, leading: tuple[int, ...]) -> Tensor:
         value = self.recording.values[number]
         if gradient is None:
-            return torch.zeros((), dtype=value.dtype).expand(*leading, *value.shape)
+            return torch.zeros((), dtype=value.dtype, device="cpu").expand(*leading, *value.shape)
         return _dense_values(gradient)
 
 

@@ -107,7 +107,7 @@ class Launch(Operation):
     def iteration(self, T: int) -> Iteration:
         run = load(self.group.source).run
         count = min(T, _STRUCTS_AT_ONCE)
-        table = torch.tensor(self.words, dtype=torch.int64).repeat(count, 1)
+        table = torch.tensor(self.words, dtype=torch.int64, device="cpu").repeat(count, 1)
         start, step = table.data_ptr(), table.stride(0) * table.element_size()
         filled = -1  # the first iteration whose addresses are in the table: a run may be repeated
 

@@ -49,7 +49,7 @@ class Rows:
     """
 
     def __init__(self, T: int, reverse: bool) -> None:
-        iterations = torch.arange(T)
+        iterations = torch.arange(T, device="cpu")
         self.step = iterations.flip(0) if reverse else iterations
         self.zero, self.one = torch.zeros_like(iterations), torch.ones_like(iterations)
         self.this = iterations % 2

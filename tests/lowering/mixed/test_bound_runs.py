@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import pickle
+import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from torch import Tensor, nn
 
 import snnfx
 from snnfx.lowering.mixed import bound_runs
+from snnfx.lowering.mixed.mixed_step import MixedStep
 from snnfx.regions.region_modules import LoopRegion
 from snnfx.surrogate import ATan
 from support.stepping import assert_same
@@ -75,13 +79,15 @@ def inputs(shape: tuple[int, ...], T: int = 5, N: int = 2) -> Tensor:
     return torch.randn(T, N, *shape, dtype=torch.float64)
 
 
+def mixed_steps_of(net: snnfx.Net) -> list[MixedStep]:
+    regions = [region for region in net.region_modules().values() if isinstance(region, LoopRegion)]
+    in_use = [region.kernels.in_use for region in regions if region.kernels is not None]
+    return [step for step in in_use if isinstance(step, MixedStep)]
+
+
 def kept_of(net: snnfx.Net) -> list[object]:
-    kept: list[object] = []
-    for region in net.region_modules().values():
-        if isinstance(region, LoopRegion) and region.kernels is not None:
-            schedules = region.kernels.in_use._schedules()  # type: ignore[union-attr]
-            kept += [run for schedule in schedules for run in schedule.kept_runs.values() if run is not None]
-    return kept
+    schedules = [schedule for step in mixed_steps_of(net) for schedule in step._schedules()]
+    return [run for schedule in schedules for run in schedule.kept_runs.values() if run is not None]
 
 
 @pytest.fixture(params=MODELS)
@@ -188,6 +194,85 @@ def test_two_threads_never_share_a_run(case: tuple[nn.Module, snnfx.Net, tuple[i
     for thread in threads:
         thread.join()
     assert not faults, faults
+
+
+@pytest.fixture
+def frequent_switches() -> Iterator[None]:
+    """Python switches threads as often as it can."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+def in_threads(work: Callable[[int], object], count: int = 3) -> list[BaseException]:
+    """Call a function for half a second in each thread, with its index; returns the exceptions."""
+    faults: list[BaseException] = []
+    end = time.monotonic() + 0.5
+
+    def repeat(index: int) -> None:
+        try:
+            while time.monotonic() < end and not faults:
+                work(index)
+        except BaseException as fault:
+            faults.append(fault)
+
+    threads = [threading.Thread(target=repeat, args=(index,)) for index in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return faults
+
+
+@pytest.mark.usefixtures("frequent_switches")
+def test_threads_with_many_shapes_keep_runs_at_the_same_time() -> None:
+    kept: dict[bound_runs.Key, bound_runs.BoundRun | None] = {}
+    numbers = itertools.count()
+    assert not in_threads(lambda index: bound_runs._keep(kept, (index, next(numbers) % 9), None))
+
+
+@pytest.mark.usefixtures("frequent_switches")
+def test_each_thread_reads_its_own_parameters(case: tuple[nn.Module, snnfx.Net, tuple[int, ...]]) -> None:
+    _, net, shape = case
+    net(inputs(shape))
+    (step,) = mixed_steps_of(net)
+    values = [step.recording.values[number] for number, _ in step.constants]
+    constants = [[torch.randn(v.shape, dtype=v.dtype) for v in values] for _ in range(3)]
+
+    def work(index: int) -> None:
+        found = step.invariants(constants[index])
+        read = [found[number].data_ptr() for number, _ in step.constants]
+        assert read == [c.data_ptr() for c in constants[index]]
+
+    assert not in_threads(work)
+
+
+def test_parameters_that_are_lazily_negated_at_the_same_address_are_read_as_such(
+    case: tuple[nn.Module, snnfx.Net, tuple[int, ...]],
+) -> None:
+    model, net, shape = case
+    for k in range(3 * CALLS):
+        x_seq = inputs(shape)
+        if k % CALLS == 0 and k:
+            for p in model.parameters():
+                p.data = torch._neg_view(p.data)
+        with torch.no_grad():
+            assert_same(net(x_seq), stepped(model, x_seq))
+        assert_same(net(x_seq), stepped(model, x_seq))
+
+
+def test_another_default_device_changes_no_run() -> None:
+    torch.manual_seed(0)
+    model = Convolutional().double()
+    net = snnfx.convert(model, example_inputs=inputs((2, 4, 4))[0])
+    x_seqs = [inputs((2, 4, 4)) for _ in range(CALLS)]
+    for x_seq in x_seqs:
+        expected = stepped(model, x_seq)
+        with torch.device("meta"):
+            y_seq = net(x_seq)
+            y_seq.sum().backward()
+        assert_same(y_seq, expected)
 
 
 def test_inference_mode_and_training_may_alternate(case: tuple[nn.Module, snnfx.Net, tuple[int, ...]]) -> None:
