@@ -136,6 +136,7 @@ class CaptureSession:
             self.consumed_tensors.values(),
             [original_of(container) for container in self.variables.growing.values()],
             {original_of(m): m.__dict__["training"] for m in self.model.modules() if "training" in m.__dict__},
+            self.variables.set_before_read,
         )
         guards.reads += [
             Guard(ModuleRoot(""), (("condition", condition),), "value", value, text_of(value))

@@ -205,6 +205,7 @@ def guards_of(
     consumed: Iterable[Tensor],
     growing: Iterable[Any],
     flags: dict[nn.Module, bool],
+    variables: Iterable[tuple[str, str]],
 ) -> Guards:
     """The guards of a capture.
 
@@ -218,6 +219,7 @@ def guards_of(
         consumed: tensors outside the graph whose values the traces used.
         growing: containers outside the model that the traces appended to.
         flags: `training` of each module in the traces.
+        variables: Python module and name of the global variables that are set before they are read.
     """
     paths = {m: n for n, m in model.named_modules()}
     consumed, growing = list(consumed), list(growing)
@@ -228,6 +230,7 @@ def guards_of(
         tuple((paths[m], name) for m, name in reads if m in paths),
         tuple(sorted((paths[m], name) for m, name in state if m in paths)),
         tuple((paths[m], flag) for m, flag in flags.items() if m in paths),
+        tuple(sorted(variables)),
         "the step appends to a container outside the model" if growing else "",
     )
     known = [(m, name) for m, name in reads if m in paths and (m, name) not in state]
@@ -276,7 +279,8 @@ def _collected(
     traced = [m for m in map(dict(model.named_modules()).get, sources.traced) if m is not None]
     while True:
         code.close()
-        collector = _Collector(code, paths, {id(t) for t in consumed}, {id(c) for c in growing}, flags)
+        containers = {id(c) for c in growing}
+        collector = _Collector(code, paths, {id(t) for t in consumed}, containers, flags, {*sources.variables})
         size = len(code.functions), len(code.names), code.reads_by_name
         collector.collect(known, traced, sources.entry)
         code.close()
@@ -294,8 +298,10 @@ class _Collector:
         consumed: set[int],
         growing: set[int],
         flags: dict[nn.Module, bool],
+        set_first: set[tuple[str, str]],
     ) -> None:
         self.code, self.paths, self.consumed, self.growing, self.flags = code, paths, consumed, growing, flags
+        self.set_first = set_first
         self.guards: list[Guard] = []
         self.modes: dict[str, Any] = {}
         tensors = [t for m in paths for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
@@ -371,6 +377,8 @@ class _Collector:
 
     def _variable(self, value: Any, chain: tuple[str, ...], root: Any, path: tuple[Step, ...]) -> None:
         """Guard a global or closure variable, and the attributes that code reads from it."""
+        if isinstance(root, NamespaceRoot) and len(path) == 1 and (root.name, path[0][1]) in self.set_first:
+            return
         if isinstance(value, types.ModuleType):
             if _is_foreign_name(value.__name__):
                 for name in chain:

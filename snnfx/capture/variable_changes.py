@@ -1,4 +1,7 @@
-"""Refuse a step that changes global variables or variables of a closure; a net would not repeat the change."""
+"""Refuse a step that changes global variables or variables of a closure; a net would not repeat the change.
+
+A global variable that the step sets before it reads it is no state: each step computes its value anew.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from torch import Tensor
 from snnfx.capture.attribute_slots import is_number
 from snnfx.capture.guarded_reads import ReachableCode, variables_of
 from snnfx.capture.proxy import StepProxy
+from snnfx.capture.variable_accesses import VariableAccesses
 from snnfx.errors import CaptureError
 from snnfx.ir.guards import ABSENT, CellRoot, NamespaceRoot, contents_of, is_same_value, text_of
 from snnfx.sandbox.contents_snapshot import MISSING, Change, ContentsSnapshot
@@ -25,7 +29,8 @@ _MOST_ELEMENTS = 10_000
 class VariableChanges:
     """A context that restores the variables outside the model that a trace changes, and refuses the change.
 
-    A container that only grows is a log or a cache: the net ignores it.
+    A container that only grows is a log or a cache: the net ignores it. So it does a global variable that the step
+    sets before it reads it, unless only code outside of the step can read the tensor in it.
 
     Args:
         code: the code that the step can reach.
@@ -37,9 +42,16 @@ class VariableChanges:
     def __init__(self, code: ReachableCode) -> None:
         self._code = code
         self.growing: dict[int, Any] = {}
+        self._set: set[tuple[str, str]] = set()
+        self._read_first: set[tuple[str, str]] = set()
+
+    @property
+    def set_before_read(self) -> set[tuple[str, str]]:
+        """The global variables that each trace sets before it reads them: Python module and name."""
+        return self._set - self._read_first
 
     def __enter__(self) -> None:
-        self._stored: dict[tuple[NamespaceRoot | CellRoot, str], tuple[Any, types.FunctionType]] = {}
+        self._stored: dict[_Variable, tuple[Any, types.FunctionType]] = {}
         values: dict[str, Any] = {}
         for function, reads in self._code.functions.items():
             for name in reads.stored_globals:
@@ -53,14 +65,24 @@ class VariableChanges:
                 if isinstance(value, dict | list) and len(value) <= _MOST_ELEMENTS:
                     values[f"{function.__module__}.{name}" if isinstance(root, NamespaceRoot) else root.name] = value
         self._contents = ContentsSnapshot(values)
+        self._accesses = VariableAccesses((r.namespace, n) for r, n in self._stored if isinstance(r, NamespaceRoot))
+        self._accesses.__enter__()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._accesses.__exit__()
+        now = {variable: _contents(*variable) for variable in self._stored}
+        kept = self._values_of_one_step(now)
+        for root, name in self._stored:
+            if isinstance(root, NamespaceRoot):
+                key = id(root.namespace), name
+                self._set |= {(root.name, name)} if key in self._accesses.set else set()
+                self._read_first |= {(root.name, name)} if key in self._accesses.read_first else set()
         changed = [
-            (name, old, _contents(root, name), function)
-            for (root, name), (old, function) in self._stored.items()
-            if not _is_same(_contents(root, name), old)
+            (variable, old, now[variable], function)
+            for variable, (old, function) in self._stored.items()
+            if variable not in kept and not _is_same(now[variable], old)
         ]
         changes = [c for name, value in self._contents.values.items() for c in self._contents.changes(name, value)]
         for (root, name), (old, _) in self._stored.items():
@@ -74,13 +96,32 @@ class VariableChanges:
             self.growing[id(container)] = container
         if error is not None:
             return
-        for name, old, new, function in changed:
+        for (root, name), old, new, function in changed:
             code = function.__code__
-            raise _refusal(name, old, new, format_location((code.co_filename, code.co_firstlineno)))
+            where = format_location((code.co_filename, code.co_firstlineno))
+            if isinstance(root, NamespaceRoot) and not self._is_read(root, name):
+                raise _refusal_of_result(name, where)
+            raise _refusal(name, old, new, where)
         for change in changes:
             if _is_state(change):
                 name = change.path[0] + "".join(f"[{key!r}]" for key in change.path[1:])
                 raise _refusal(name, change.old, change.new, "")
+
+    def _values_of_one_step(self, now: dict[_Variable, Any]) -> set[_Variable]:
+        """The global variables that carry no value from step to step, and that no other code needs."""
+        return {
+            (root, name)
+            for root, name in self._stored
+            if isinstance(root, NamespaceRoot)
+            and (id(root.namespace), name) not in self._accesses.read_first
+            and (self._is_read(root, name) or not isinstance(now[root, name], StepProxy | Tensor))
+        }
+
+    def _is_read(self, root: NamespaceRoot, name: str) -> bool:
+        return (id(root.namespace), name) in self._accesses.read
+
+
+_Variable = tuple[NamespaceRoot | CellRoot, str]
 
 
 def _contents(root: NamespaceRoot | CellRoot, name: str) -> Any:
@@ -120,6 +161,16 @@ def _refusal(name: str, old: Any, new: Any, where: str) -> CaptureError:
         "steps.",
         hint='Store the value in the module: call self.register_memory("value", initial) in a '
         "snnfx.MemoryModule, and assign self.value in the step.",
+    )
+
+
+def _refusal_of_result(name: str, where: str) -> CaptureError:
+    return CaptureError(
+        "SNNFX226",
+        f"a step stores a tensor in the global variable `{name}` for code outside of the model",
+        where=where,
+        why="the step itself never reads the variable, and a net does not set it.",
+        hint="Return the tensor with the outputs of the step.",
     )
 
 
