@@ -87,7 +87,7 @@ def test_a_variable_that_is_set_before_it_is_read_is_no_state(make: type[nn.Modu
     model = make()
     reference, before = copy.deepcopy(model), (STEPS, MEMBRANE, HAS_LAYER)
     net = snnfx.convert(model, takes="sequence", example_inputs=(X_SEQ,))
-    assert (STEPS, MEMBRANE, HAS_LAYER) == before
+    assert before == (STEPS, MEMBRANE, HAS_LAYER)
     program = net.program
     for x in (X_SEQ, torch.cat([X_SEQ, X_SEQ]), X_SEQ):
         torch.testing.assert_close(net(x), reference(x), atol=1e-12, rtol=0)
@@ -143,7 +143,8 @@ class ReadsByName(Looped):
 def test_a_variable_that_is_read_before_it_is_set_is_refused(make: type[nn.Module]) -> None:
     with pytest.raises(CaptureError, match="SNNFX218"):
         snnfx.convert(make(), takes="sequence", example_inputs=(X_SEQ,))
-    assert (MEMBRANE, CALLS) == (None, 0)
+    assert MEMBRANE is None
+    assert CALLS == 0
     assert "GAIN" not in globals()
 
 
