@@ -1,4 +1,4 @@
-"""Find the global variables that a step reads before it sets them.
+"""Find the global variables and the attributes that a step reads before it sets them.
 
 A variable that a step sets first carries no value from one step to the next. The order of reads and writes comes from
 the instructions that run: the code alone does not tell it, because one function may set what another one reads.
@@ -19,7 +19,7 @@ from typing import Any
 
 from snnfx.sandbox.user_code import is_library_code
 
-__all__ = ["VariableAccesses"]
+__all__ = ["ATTRIBUTE", "VariableAccesses"]
 
 _LOADS = frozenset(("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"))
 _STORES = frozenset(("STORE_GLOBAL", "DELETE_GLOBAL"))
@@ -30,11 +30,16 @@ _READS_BY_NAME = frozenset(("getattr", "hasattr", "vars", "__dict__", "attrgette
 """Names whose use may read any variable of a Python module that the code imports."""
 
 
+ATTRIBUTE = 0
+"""Stands for the `id` of a namespace in the accesses to attributes."""
+
+
 class VariableAccesses:
     """Follows the reads and writes of global variables in the current thread while it is entered.
 
     Args:
         variables: the namespaces, each with the name of a variable in it.
+        attributes: names of attributes to follow; those of several objects are not told apart.
 
     Attributes:
         set: the variables that were set, by the `id` of the namespace and the name.
@@ -42,23 +47,24 @@ class VariableAccesses:
         read_first: the variables that were read before they were set.
     """
 
-    def __init__(self, variables: Iterable[tuple[dict[str, Any], str]]) -> None:
+    def __init__(self, variables: Iterable[tuple[dict[str, Any], str]], attributes: Iterable[str] = ()) -> None:
+        self._attributes = frozenset(attributes)
         self._names: dict[int, set[str]] = {}
         for namespace, name in variables:
             self._names.setdefault(id(namespace), set()).add(name)
-        self._concerning = _OWN_NAMESPACE.union(_READS_BY_NAME, *self._names.values())
+        self._concerning = _OWN_NAMESPACE.union(_READS_BY_NAME, self._attributes, *self._names.values())
         self._codes: dict[tuple[int, int], tuple[CodeType, dict[int, _Access]]] = {}
         self.set: set[tuple[int, str]] = set()
         self.read_first: set[tuple[int, str]] = set()
         self.read: set[tuple[int, str]] = set()
 
     def __enter__(self) -> VariableAccesses:
-        if self._names:
+        if self._names or self._attributes:
             self._start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._names:
+        if self._names or self._attributes:
             self._stop()
 
     def _accesses(self, code: CodeType, namespace: dict[str, Any]) -> dict[int, _Access]:
@@ -93,7 +99,13 @@ class VariableAccesses:
                 reads.append((own, name))
             if operation in _ATTRIBUTES:
                 reads += [(n, name) for n in others if name in self._names[n]]
+                reads += [(ATTRIBUTE, name)] if name in self._attributes else []
+                reads += [(ATTRIBUTE, v) for v in self._attributes] if name in _READS_BY_NAME else []
+            elif name in _READS_BY_NAME and operation in _LOADS:
+                reads += [(ATTRIBUTE, v) for v in self._attributes]
             access = tuple((n, v, False) for n, v in reads)
+            if operation in ("STORE_ATTR", "DELETE_ATTR") and name in self._attributes:
+                access = ((ATTRIBUTE, name, True),)
             if operation in _STORES and name in self._names.get(own, ()):
                 access = ((own, name, True),)
             if access:
