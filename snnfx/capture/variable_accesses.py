@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from types import CodeType, FrameType
 from typing import Any
 
-from snnfx.sandbox.user_code import is_library_code
+from snnfx.capture.code_reads import is_library_file
 
 __all__ = ["ATTRIBUTE", "VariableAccesses"]
 
@@ -71,7 +71,7 @@ class VariableAccesses:
         """What each instruction of the code does to the variables, by its offset."""
         key = id(code), id(namespace)
         if key not in self._codes:
-            concerns = not is_library_code(code) and not self._concerning.isdisjoint(code.co_names)
+            concerns = not is_library_file(code.co_filename) and not self._concerning.isdisjoint(code.co_names)
             self._codes[key] = code, self._accesses_of_instructions(code, namespace) if concerns else {}
         return self._codes[key][1]
 
