@@ -130,7 +130,7 @@ class VariableChanges:
         read = {name for reads in self._code.functions.values() for name in reads.read_attributes}
         for attribute, _ in changed:
             self._set.add(("", attribute.name))
-        self._read_first |= {("", name) for name in first | of_modules}
+        self._read_first |= {("", name) for name in (first & read) | of_modules}
         caches = [(a, new) for a, new in changed if _is_cache(a.old, new)]
         for attribute, _ in changed:
             if all(attribute is not cache for cache, _ in caches):
