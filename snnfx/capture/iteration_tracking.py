@@ -234,13 +234,13 @@ class IterationTracker:
 
     # -- Python 3.11 ------------------------------------------------------------------------------------------------
 
-    def _on_call(self, frame: FrameType, event: str, argument: Any) -> Any:
+    def _on_call(self, frame: FrameType, event: Any, argument: Any) -> Any:
         follow = self._follow_loops(frame)
         beside = self._beside(frame, event, argument) if self._beside is not None else None
         if follow is None or beside is None:
             return follow or beside
 
-        def on_opcode(frame: FrameType, event: str, argument: Any) -> Any:
+        def on_opcode(frame: FrameType, event: Any, argument: Any) -> Any:
             follow(frame, event, argument)
             beside(frame, event, argument)
             return on_opcode
