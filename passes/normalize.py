@@ -109,7 +109,9 @@ def _functionalize(program: StepProgram, node: Node) -> None:
             why="an in-place operation of a functional graph has one operand.",
             hint="Change the tensors one by one, e.g. for p in parameters: p.add_(1).",
         )
-    is_view = traits_of(operand).view == "view"
+    # `detach_` changes no memory: it is an assignment of the detached tensor.
+    is_detach = node.op == "call_method" and node.target == "detach_"
+    is_view = traits_of(operand).view == "view" and not (is_detach and takes_from_tuple(operand))
     if is_view and not is_output_of_stateful_call(operand):
         raise CaptureError(
             "SNNFX214",
@@ -142,7 +144,8 @@ def _functionalize(program: StepProgram, node: Node) -> None:
             why="the converted net would change the caller's sequence.",
             hint="Use an out-of-place operation, e.g. x = x.add(1).",
         )
-    _refuse_aliases(program, node, operand)
+    if not is_detach:
+        _refuse_aliases(program, node, operand)
     seen = False
     for user in list(program.graph.nodes):
         if seen and operand in user.all_input_nodes:

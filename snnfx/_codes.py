@@ -325,6 +325,13 @@ CODES: dict[str, CodeEntry] = {
         "y = torch.stack([x, x], dim=1).transpose(1, 2).view(x.shape[0], -1)",
         "y = torch.stack([x, x], dim=1).transpose(1, 2).reshape(x.shape[0], -1)",
     ),
+    "SNNFX226": CodeEntry(
+        "a step stores a tensor in a global variable that it never reads",
+        "A net does not set global variables, so code outside of the model would read an old tensor. Return the tensor "
+        "instead. A global variable that a step sets and then reads itself is no problem.",
+        "def forward(self, x):\n    global last\n    last = self.fc(x)\n    return x",
+        "def forward(self, x):\n    return x, self.fc(x)",
+    ),
     "SNNFX250": CodeEntry(
         "a branch on the number of the step",
         "Python code branches on a number that counts the steps, and later steps take different branches. A net runs "

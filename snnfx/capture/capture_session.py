@@ -13,6 +13,7 @@ from snnfx.capture.attribute_slots import AttributeSlot, is_number, known_value
 from snnfx.capture.guarded_reads import ReachableCode, guards_of
 from snnfx.capture.iteration_tracking import IterationLimit
 from snnfx.capture.leaf_module_states import owners
+from snnfx.capture.module_registries import registries_of_copies
 from snnfx.capture.proxy import StepProxy
 from snnfx.capture.recording_copy import RecordingCopy, classes_of_originals
 from snnfx.capture.step_arguments import CarriedLeaf, carried_output
@@ -136,6 +137,7 @@ class CaptureSession:
             self.consumed_tensors.values(),
             [original_of(container) for container in self.variables.growing.values()],
             {original_of(m): m.__dict__["training"] for m in self.model.modules() if "training" in m.__dict__},
+            self.variables.set_before_read,
         )
         guards.reads += [
             Guard(ModuleRoot(""), (("condition", condition),), "value", value, text_of(value))
@@ -286,7 +288,8 @@ class CaptureSession:
         blocked = ("",) if "" in self.opaque else self._untraced_prefixes()
         watched = self.changes.watched(tracer, blocked, slots)
         types = classes_of_originals(self.code.namespaces_with("type"))
-        with StateSnapshot.of(self.model, rng=False, functions=True), self.variables, watched, types:
+        registries = registries_of_copies(self.copy)
+        with StateSnapshot.of(self.model, rng=False, functions=True), self.variables, watched, types, registries:
             changes = AttributeChanges(self.model, self.entry)
             try:
                 tracer.record(self.model, prepare, finish)

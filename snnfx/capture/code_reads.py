@@ -37,6 +37,8 @@ class CodeReads:
         imports: modules imported inside the code, as `(name, level, imported names)`.
         stored_globals: global variables that the code assigns or deletes.
         stored_closure: variables of the closure that it assigns or deletes.
+        stored_attributes: attributes that it assigns or deletes.
+        read_attributes: attributes that it reads, other than to assign them in the same statement (`x.n += 1`).
         tested: the attribute names in calls such as `hasattr(x, "name")`, where the attribute may be absent.
     """
 
@@ -48,6 +50,8 @@ class CodeReads:
     stored_globals: frozenset[str]
     stored_closure: frozenset[str]
     tested: frozenset[str] = frozenset()
+    stored_attributes: frozenset[str] = frozenset()
+    read_attributes: frozenset[str] = frozenset()
 
 
 @lru_cache(maxsize=4096)
@@ -61,6 +65,8 @@ def reads_of(code: CodeType) -> CodeReads:
     imports: set[tuple[str, int, tuple[str, ...]]] = set()
     stored_globals: set[str] = set()
     stored_closure: set[str] = set()
+    stored_attributes: set[str] = set()
+    read_attributes: set[str] = set()
     for part in _with_inner_code(code):
         chain: tuple[str, ...] = ()
         target = global_names
@@ -72,6 +78,8 @@ def reads_of(code: CodeType) -> CodeReads:
                 continue
             if operation in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"):
                 attributes.add(name)
+                if not index or instructions[index - 1].opname != "COPY":
+                    read_attributes.add(name)
                 if chain:
                     chain += (name,)
                 continue
@@ -96,8 +104,9 @@ def reads_of(code: CodeType) -> CodeReads:
                 stored_globals.add(name)
             elif operation in ("STORE_DEREF", "DELETE_DEREF") and name in code.co_freevars:
                 stored_closure.add(name)
-            elif operation in ("STORE_ATTR", "IMPORT_FROM"):
+            elif operation in ("STORE_ATTR", "DELETE_ATTR", "IMPORT_FROM"):
                 attributes.add(name)
+                (read_attributes if operation == "IMPORT_FROM" else stored_attributes).add(name)
         if chain:
             target.add(chain)
     return CodeReads(
@@ -109,6 +118,8 @@ def reads_of(code: CodeType) -> CodeReads:
         frozenset(stored_globals),
         frozenset(stored_closure),
         frozenset(tested),
+        frozenset(stored_attributes),
+        frozenset(read_attributes | tested),
     )
 
 

@@ -46,7 +46,7 @@ from snnfx.ir.guards import (
 from snnfx.sandbox.contents_snapshot import slot_names
 from snnfx.sandbox.torch_internals import python_of_script
 
-__all__ = ["ReachableCode", "guards_of", "recollected_guards", "values_read_by"]
+__all__ = ["ReachableCode", "guards_of", "is_foreign", "is_foreign_name", "recollected_guards", "values_read_by"]
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, range, slice)
 _FUNCTIONS = (FunctionType, types.BuiltinFunctionType, types.MethodType, staticmethod, classmethod)
@@ -123,7 +123,7 @@ class ReachableCode:
         size = -1
         while size != (size := len(self.functions) + len(self.names) + len(self._classes)):
             for cls in [base for known in self._classes for base in known.__mro__]:
-                if not _is_foreign(cls):
+                if not is_foreign(cls):
                     for name, member in [*vars(cls).items()]:
                         is_implicit = name.startswith("__") and name not in _CREATION
                         if (name in self.names or is_implicit) and not isinstance(member, type):
@@ -179,7 +179,7 @@ def variables_of(
         package = str(function.__globals__.get("__package__") or "")
         absolute = importlib.util.resolve_name("." * level + name, package) if level and package else name
         module = sys.modules.get(absolute)
-        if module is not None and not _is_foreign_name(absolute):
+        if module is not None and not is_foreign_name(absolute):
             for attribute in sorted((set(imported) or reads.attributes) & vars(module).keys()):
                 yield vars(module)[attribute], (), NamespaceRoot(vars(module)), ("key", attribute)
 
@@ -205,6 +205,7 @@ def guards_of(
     consumed: Iterable[Tensor],
     growing: Iterable[Any],
     flags: dict[nn.Module, bool],
+    variables: Iterable[tuple[str, str]],
 ) -> Guards:
     """The guards of a capture.
 
@@ -218,6 +219,7 @@ def guards_of(
         consumed: tensors outside the graph whose values the traces used.
         growing: containers outside the model that the traces appended to.
         flags: `training` of each module in the traces.
+        variables: Python module and name of the global variables that are set before they are read.
     """
     paths = {m: n for n, m in model.named_modules()}
     consumed, growing = list(consumed), list(growing)
@@ -228,6 +230,7 @@ def guards_of(
         tuple((paths[m], name) for m, name in reads if m in paths),
         tuple(sorted((paths[m], name) for m, name in state if m in paths)),
         tuple((paths[m], flag) for m, flag in flags.items() if m in paths),
+        tuple(sorted(variables)),
         "the step appends to a container outside the model" if growing else "",
     )
     known = [(m, name) for m, name in reads if m in paths and (m, name) not in state]
@@ -276,7 +279,8 @@ def _collected(
     traced = [m for m in map(dict(model.named_modules()).get, sources.traced) if m is not None]
     while True:
         code.close()
-        collector = _Collector(code, paths, {id(t) for t in consumed}, {id(c) for c in growing}, flags)
+        containers = {id(c) for c in growing}
+        collector = _Collector(code, paths, {id(t) for t in consumed}, containers, flags, {*sources.variables})
         size = len(code.functions), len(code.names), code.reads_by_name
         collector.collect(known, traced, sources.entry)
         code.close()
@@ -294,8 +298,10 @@ class _Collector:
         consumed: set[int],
         growing: set[int],
         flags: dict[nn.Module, bool],
+        set_first: set[tuple[str, str]],
     ) -> None:
         self.code, self.paths, self.consumed, self.growing, self.flags = code, paths, consumed, growing, flags
+        self.set_first = set_first
         self.guards: list[Guard] = []
         self.modes: dict[str, Any] = {}
         tensors = [t for m in paths for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
@@ -305,7 +311,7 @@ class _Collector:
 
     def collect(self, reads: list[tuple[nn.Module, str]], traced: list[nn.Module], entry: str) -> None:
         for cls, module in {type(m): m for m in reversed(traced)}.items():
-            if not _is_foreign(cls):
+            if not is_foreign(cls):
                 for name in dict.fromkeys(("forward", entry)):
                     if isinstance(getattr(cls, name, None), FunctionType):
                         self._add(ModuleRoot(self.paths[module]), (("class", name),), "same", getattr(cls, name))
@@ -371,8 +377,10 @@ class _Collector:
 
     def _variable(self, value: Any, chain: tuple[str, ...], root: Any, path: tuple[Step, ...]) -> None:
         """Guard a global or closure variable, and the attributes that code reads from it."""
+        if isinstance(root, NamespaceRoot) and len(path) == 1 and (root.name, path[0][1]) in self.set_first:
+            return
         if isinstance(value, types.ModuleType):
-            if _is_foreign_name(value.__name__):
+            if is_foreign_name(value.__name__):
                 for name in chain:
                     value = getattr(value, name, None)
                 self._mode(value)
@@ -382,11 +390,11 @@ class _Collector:
                 self._variable(vars(value)[chain[0]], chain[1:], NamespaceRoot(vars(value)), (("key", chain[0]),))
             return
         if isinstance(value, type):
-            if _is_foreign(value):
+            if is_foreign(value):
                 return
             self._add(root, path, "same", value)
             self.code.add(value)
-            if chain:
+            if chain and ("", chain[0]) not in self.set_first:
                 found = next((vars(base)[chain[0]] for base in value.__mro__ if chain[0] in vars(base)), ABSENT)
                 if found is not ABSENT and not hasattr(type(found), "__get__"):
                     self._variable(found, chain[1:], root, (*path, ("attribute", chain[0])))
@@ -478,11 +486,13 @@ class _Collector:
             self._add(root, (*path, ("instance", name)), "same", ABSENT)
         slots = [name for name in slot_names(cls) if hasattr(value, name)]
         for name in (*own, *slots):
+            if ("", name) in self.set_first:
+                continue
             if reads_all or name in self.code.names:
                 element = own[name] if name in own else getattr(value, name)
                 self._value(element, root, (*path, ("attribute", name)), depth + 1)
         for base in cls.__mro__:
-            if _is_foreign(base):
+            if is_foreign(base):
                 continue
             for name, element in vars(base).items():
                 if name.startswith("__") or name in own or not (reads_all or name in self.code.names):
@@ -506,16 +516,16 @@ def _is_object(value: Any) -> bool:
         return False
     cls = type(value)
     return isinstance(value, _NAMESPACES) or (
-        not _is_foreign(cls) and (hasattr(value, "__dict__") or bool(slot_names(cls)))
+        not is_foreign(cls) and (hasattr(value, "__dict__") or bool(slot_names(cls)))
     )
 
 
-def _is_foreign(cls: type) -> bool:
+def is_foreign(cls: type) -> bool:
     """Whether a class belongs to torch, NumPy or the standard library."""
-    return _is_foreign_name(cls.__module__)
+    return is_foreign_name(cls.__module__)
 
 
-def _is_foreign_name(module: str) -> bool:
+def is_foreign_name(module: str) -> bool:
     package = module.partition(".")[0]
     if package in ("torch", "numpy", "snnfx", "builtins"):
         return True

@@ -25,6 +25,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from snnfx.capture.variable_accesses import VariableAccesses
 from snnfx.sandbox.user_code import is_library_code
 
 __all__ = [
@@ -229,6 +230,8 @@ class IterationTracker:
             self._start_monitoring()
         else:
             self._before = sys.gettrace()
+            of_variables = isinstance(getattr(self._before, "__self__", None), VariableAccesses)
+            self._beside = self._before if of_variables else None
             sys.settrace(self._on_call)
         return self
 
@@ -274,7 +277,21 @@ class IterationTracker:
 
     # -- Python 3.11 ------------------------------------------------------------------------------------------------
 
-    def _on_call(self, frame: FrameType, event: str, argument: Any) -> Any:
+    def _on_call(self, frame: FrameType, event: Any, argument: Any) -> Any:
+        follow = self._follow_loops(frame)
+        beside = self._beside(frame, event, argument) if self._beside is not None else None
+        if follow is None or beside is None:
+            return follow or beside
+
+        def on_opcode(frame: FrameType, event: Any, argument: Any) -> Any:
+            follow(frame, event, argument)
+            beside(frame, event, argument)
+            return on_opcode
+
+        return on_opcode
+
+    def _follow_loops(self, frame: FrameType) -> Any:
+        """The trace function of a frame; None for code without loops."""
         known = self._extents.get(id(frame.f_code))
         if known is not None and not known[1]:  # most calls
             return None

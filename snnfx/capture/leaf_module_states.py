@@ -79,14 +79,15 @@ class LeafModuleStates:
                 self.accessed_before_call.add(name)
 
     def needs_initial(self, slot: str) -> bool:
-        """Whether the first call of a leaf module needs a node that computes the initial value of the slot."""
-        if slot in self._matched_slots:
-            return slot in self._slots_at_reset_value
-        return slot not in self.recorder.slot_initials
+        """Whether the next call of a leaf module needs a node that computes the initial value of the slot."""
+        if slot in self._slots_at_reset_value:
+            return True
+        return slot not in self._matched_slots and slot not in self.recorder.slot_initials
 
     def set_initial(self, slot: str, initial: StepProxy) -> None:
         """Store the node that computes the initial value of a slot."""
-        (self._initial_nodes if slot in self._matched_slots else self.recorder.slot_initials)[slot] = initial
+        is_of_reset = slot in self._matched_slots or slot in self.recorder.slot_initials
+        (self._initial_nodes if is_of_reset else self.recorder.slot_initials)[slot] = initial
 
     def before_call(self, name: str, module: nn.Module, adapter: Adapter) -> None:
         """Update the slots of a leaf module from its attributes before a call."""
@@ -120,22 +121,25 @@ class LeafModuleStates:
                 self.accessed_before_call.add(name)
             # An opaque module accepts a number as well.
             may_stay_number = is_number(value) and isinstance(adapter, CompositeAdapter) and not is_called
-            if value is None and self._resets_to_none(slot, name, module, adapter):
+            if self._is_reset_value(value, slot, name, module, adapter):
                 self._slots_at_reset_value.add(slot)
-                self._attribute_values[slot] = None
+                self._attribute_values[slot] = value
                 self.recorder.slot_values[slot] = self._initial_node(slot) or self.recorder.slot_values[slot]
                 continue
             self.recorder.slot_values[slot] = value if may_stay_number else self._as_tensor(slot, value)
             self._attribute_values[slot] = value
             self._slots_at_reset_value.discard(slot)
 
-    def _resets_to_none(self, slot: str, name: str, module: nn.Module, adapter: Adapter) -> bool:
-        """Whether a container starts a state as None, as `functional.reset_net(self)` in a forward sets it."""
-        if not isinstance(adapter, CompositeAdapter):
+    def _is_reset_value(self, value: Any, slot: str, name: str, module: nn.Module, adapter: Adapter) -> bool:
+        """Whether `functional.reset_net(self)` in a forward set a state to a value that is no tensor."""
+        if isinstance(value, StepProxy | Tensor) or is_number(value):
             return False
-        with self._internal_access():
-            initial = adapter.initial(module)
-        return initial[_slot_names(name, module, adapter).index(slot)] is None
+        index = _slot_names(name, module, adapter).index(slot)
+        if isinstance(adapter, CompositeAdapter):
+            with self._internal_access():
+                return value is None and adapter.initial(module)[index] is None
+        is_reset_value = getattr(adapter, "is_reset_value", None)
+        return is_reset_value is not None and is_reset_value(module, adapter.names(module)[index], value)
 
     def _initial_node(self, slot: str) -> Any:
         return self._initial_nodes.get(slot, self.recorder.slot_initials.get(slot))

@@ -207,6 +207,14 @@ class RecordingCopy:
         """The user's object that a copied object stands for; any other object itself."""
         return self._copies.original_of(value)
 
+    def copy_of(self, value: Any) -> Any:
+        """The copied object that stands for an object of the user's model; any other object itself."""
+        return self._copies.copy_of(value)
+
+    def has_copy_of(self, value: Any) -> bool:
+        """Whether an object belongs to the user's model."""
+        return self._copies.copy_of(value) is not value
+
     def set_mode(self, training: bool) -> None:
         """Set the training flags of all modules; they stay those of the user's model if it is in this mode."""
         is_in_mode = self.model.__dict__.get("training") == training

@@ -462,6 +462,7 @@ class GuardSources:
         reads: `(module, attribute)` pairs that the model's code read.
         state: `(module, attribute)` pairs that are slots, or set before they are read.
         flags: the training flag of each module in the traces.
+        variables: `(Python module, name)` pairs of global variables that are set before they are read.
         refusal: why the guards cannot be collected again, as a clause; "" if they can.
     """
 
@@ -471,6 +472,7 @@ class GuardSources:
     reads: tuple[tuple[str, str], ...]
     state: tuple[tuple[str, str], ...]
     flags: tuple[tuple[str, bool], ...]
+    variables: tuple[tuple[str, str], ...] = ()
     refusal: str = ""
 
 

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from snnfx.ir.guards import is_same_tensor
 from snnfx.sandbox.contents_snapshot import ContentsSnapshot
 from snnfx.sandbox.snapshot import StateSnapshot
-from snnfx.sandbox.tensor_snapshot import TensorSnapshot
+from snnfx.sandbox.tensor_snapshot import TensorSnapshot, gradient_of
 from snnfx.sandbox.torch_internals import FakeTensor
 
 __all__ = ["ModelSnapshot", "has_other_values", "has_values"]
@@ -45,7 +45,7 @@ class ModelSnapshot:
                 yield kind, f"the value of `{name}`"
             elif tensor.requires_grad != snapshot.requires_grad:
                 yield kind, f"`{name}.requires_grad`"
-            elif tensor.grad is not snapshot.grad:
+            elif gradient_of(tensor) is not snapshot.grad:
                 yield kind, f"the gradient of `{name}`"
         for owner, module in self._modules.items():
             for registry, what in _REGISTRIES.items():

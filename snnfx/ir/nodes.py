@@ -6,6 +6,7 @@ import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from snnfx.ir.facts import BATCH_DIM, SHAPE_LIKE, STRUCTURAL, VALUE
@@ -24,6 +25,7 @@ __all__ = [
     "is_structural",
     "object_of",
     "takes_from_tuple",
+    "without_detach",
 ]
 
 
@@ -98,6 +100,13 @@ IN_PLACE_OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {
     set_part_: set_part,
 }
 """Operators of augmented assignment (`x += 1`) -> their out-of-place operation."""
+
+
+def without_detach(node: Node) -> Node:
+    """The node whose value the node detaches from the autograd graph, or the node itself."""
+    while node.target in ("detach", torch.detach) and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node
 
 
 def takes_from_tuple(node: Node) -> bool:

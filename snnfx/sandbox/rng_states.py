@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["RNGState", "numpy_rng_state", "restore_numpy_rng_state", "rng_restorer", "rng_state"]
+__all__ = ["RNGState", "numpy_rng_state", "restore_numpy_rng_state", "rng_restorer", "rng_state", "rng_states"]
 
 
 class RNGState:
@@ -47,6 +47,11 @@ def rng_restorer() -> Callable[[], None]:
         restore_numpy_rng_state(of_numpy)
 
     return restore
+
+
+def rng_states() -> tuple[RNGState, object, bytes | None]:
+    """The present states of the generators of torch, Python and NumPy, to compare."""
+    return rng_state(), random.getstate(), numpy_rng_state()
 
 
 def numpy_rng_state() -> bytes | None:

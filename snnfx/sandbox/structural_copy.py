@@ -62,6 +62,10 @@ class StructuralCopy:
         """The original of a copied object; any other value itself."""
         return self._originals.get(id(value), value)
 
+    def copy_of(self, value: Any) -> Any:
+        """The copy of an object that was copied; any other value itself."""
+        return self._copies.get(id(value), value)
+
     def pairs(self) -> Iterable[tuple[nn.Module, nn.Module]]:
         """Each copied module: `(original, copy)`."""
         for copied, original in zip(self._references[1::2], self._references[::2], strict=True):

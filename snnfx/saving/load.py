@@ -229,8 +229,10 @@ def _saved_programs(
 
 
 def _sources(record: Any) -> GuardSources:
-    entry_name, traced, opaque, reads, state, flags, refusal = listed(record, 7)
-    read, slots = (tuple((text(a), text(b)) for a, b in map(_pair, listed(part))) for part in (reads, state))
+    entry_name, traced, opaque, reads, state, flags, variables, refusal = listed(record, 8)
+    read, slots, set_first = (
+        tuple((text(a), text(b)) for a, b in map(_pair, listed(part))) for part in (reads, state, variables)
+    )
     return GuardSources(
         text(entry_name),
         tuple(map(text, listed(traced))),
@@ -238,6 +240,7 @@ def _sources(record: Any) -> GuardSources:
         read,
         slots,
         tuple((text(a), flag(b)) for a, b in map(_pair, listed(flags))),
+        set_first,
         text(refusal),
     )
 

@@ -15,7 +15,7 @@ import torch
 from torch.fx import Node
 
 from snnfx.ir.facts import STRUCTURAL, VALUE
-from snnfx.ir.nodes import is_size
+from snnfx.ir.nodes import is_size, without_detach
 from snnfx.ir.printing import operation_name
 from snnfx.ir.program import StepProgram
 from snnfx.ops.run_loop import run_loop
@@ -138,6 +138,7 @@ def _without(values: Iterable[Any], removed: set[int]) -> list[Any]:
 
 def _is_zero(initial: Any) -> bool:
     if isinstance(initial, Node):
+        initial = without_detach(initial)
         return operation_name(initial) in ("zeros", "zeros_like", "new_zeros") and not initial.kwargs.get(
             "requires_grad"
         )

@@ -17,7 +17,7 @@ from torch.fx import Node, map_arg
 from snnfx.ir.edits import add_placeholder
 from snnfx.ir.facts import ELEMENT, MODULE, SLOT, STRUCTURAL, VALUE, WHERE
 from snnfx.ir.guards import Guards
-from snnfx.ir.nodes import is_module_call, is_structural
+from snnfx.ir.nodes import is_module_call, is_structural, without_detach
 from snnfx.ir.printing import describe_node, operation_name
 from snnfx.ir.program import InputLeaf, Slot, StepProgram
 from snnfx.ops.elements import hold, write_elements
@@ -486,6 +486,7 @@ def _number_of_filled_tensor(node: Node, following: Node) -> float | None:
     A number stands for a tensor of the shape of the next value, so the step does not depend on the code that makes the
     tensor.
     """
+    node = without_detach(node)
     value, after = VALUE.of(node), VALUE.of(following)
     if node.op not in ("call_function", "call_method") or not (isinstance(value, Tensor) and isinstance(after, Tensor)):
         return None

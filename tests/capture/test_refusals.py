@@ -506,6 +506,7 @@ def test_every_code_of_capture_has_a_test() -> None:
         "SNNFX210": "test_capture.py",
         "SNNFX212": "test_capture.py",
         "SNNFX217": "test_leaf_module_states.py",
+        "SNNFX226": "test_variables_of_one_call.py",
         **dict.fromkeys(("SNNFX230", "SNNFX231", "SNNFX233"), "test_sequence_refusals.py"),
         "SNNFX234": "test_multi_step_models.py",
         "SNNFX235": "test_published_styles.py",

@@ -645,6 +645,26 @@ def test_a_variable_of_the_closure_that_changes() -> None:
     converts(MemoryStep(followed, {"value": 0}))
 
 
+def test_a_tensor_in_a_global_variable_for_other_code() -> None:
+    def step(m: Any, x: Tensor) -> Tensor:
+        global LAST
+        LAST = m.body(x)
+        return x * 2
+
+    def followed(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x * 2, m.body(x)
+
+    refused(
+        "SNNFX226",
+        "capture/variable_changes.py:_refusal_of_result",
+        "Return the tensor with the outputs of the step.",
+        lambda: snnfx.convert(Step(step)),
+        names="`LAST`",
+        at="def step",
+    )
+    converts(Step(followed))
+
+
 # -- buffers and parameters --------------------------------------------------------------------------------------------
 
 

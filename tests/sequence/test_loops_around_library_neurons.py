@@ -145,3 +145,28 @@ def test_a_call_of_the_model_itself_leaves_the_net_valid() -> None:
     expected = net(x)
     torch.testing.assert_close(model(x), expected)
     torch.testing.assert_close(net(x), expected)
+
+
+@pytest.mark.parametrize("encoder", ["ConstantCurrentLIFEncoder", "PoissonEncoder", "SpikeLatencyLIFEncoder"])
+def test_encoders_of_norse_run_over_time_inside_a_call(encoder: str) -> None:
+    class Encoded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.encoder, self.fc, self.lif = getattr(norse, encoder)(9), nn.Linear(6, 8), norse.LIFCell()
+
+        def forward(self, x: Tensor) -> Tensor:
+            state, out = None, []
+            for spikes in self.encoder(x):
+                z, state = self.lif(10 * self.fc(spikes), state)
+                out.append(z)
+            return torch.stack(out)
+
+    model = Encoded()
+    net = snnfx.convert(model, takes="sequence", example_inputs=(torch.rand(3, 6),))
+    for N in (3, 5, 3):
+        x = torch.rand(N, 6)
+        torch.manual_seed(1)
+        expected = model(x)
+        torch.manual_seed(1)
+        torch.testing.assert_close(net(x), expected)

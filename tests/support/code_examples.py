@@ -48,7 +48,7 @@ class Example(nn.Module):
 """
 STEPS = ("SNNFX103", "SNNFX104", "SNNFX105", "SNNFX110", "SNNFX206", "SNNFX214", "SNNFX215", "SNNFX217")
 """Codes whose examples are statements of a step."""
-FORWARDS = ("SNNFX108", "SNNFX201", "SNNFX209")
+FORWARDS = ("SNNFX108", "SNNFX201", "SNNFX209", "SNNFX226")
 """Codes whose examples are the forward of a model."""
 COMPLETED = {*STEPS, *FORWARDS, *FRAMES, *PARTS, *METHODS}
 """Codes whose examples are excerpts that need more code around them."""

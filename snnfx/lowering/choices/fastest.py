@@ -10,6 +10,7 @@ import torch
 
 from snnfx.lowering.choices.permission import may_measure_now, pinned_by
 from snnfx.lowering.choices.remembered import Key, Remembered
+from snnfx.sandbox.rng_states import rng_restorer, rng_states
 
 __all__ = ["Choice", "Fastest"]
 
@@ -70,7 +71,7 @@ class Fastest:
         Args:
             key: what the time depends on; the number of threads is added.
             fixed: the function to use unless another one is measured to be faster.
-            functions: makes the functions by name, for a measurement; they draw no random numbers.
+            functions: makes the functions by name, for a measurement. Those that draw random numbers are not timed.
         """
         pinned = pinned_by()
         if pinned:
@@ -85,18 +86,26 @@ class Fastest:
 
     def measure(self, fixed: str, functions: Mapping[str, Callable[[], object]]) -> str:
         """The name of the fastest function; the first round only builds and allocates."""
+        if any(_draws_random_numbers(function) for function in functions.values()):
+            return fixed
         best = dict.fromkeys(functions, float("inf"))
         begin = self._clock()
-        for round_number in range(_MOST_ROUNDS + 1):
+        for round_number in range(1, _MOST_ROUNDS + 1):
             for name, function in functions.items():
                 start = self._clock()
                 function()
-                if round_number:
-                    best[name] = min(best[name], self._clock() - start)
-            if not round_number:
-                begin = self._clock()  # the first round may compile kernels for a second
-            limit = _SECONDS if round_number >= _SAFE_ROUNDS else _MOST_SECONDS
-            if round_number and self._clock() - begin > limit:
+                best[name] = min(best[name], self._clock() - start)
+            if self._clock() - begin > (_SECONDS if round_number >= _SAFE_ROUNDS else _MOST_SECONDS):
                 break
         fastest = min(best, key=lambda name: best[name])
         return fastest if best[fastest] < self._margin * best[fixed] else fixed
+
+
+def _draws_random_numbers(function: Callable[[], object]) -> bool:
+    """Call a function, and set the generators back if it draws random numbers."""
+    states, restore = rng_states(), rng_restorer()
+    function()
+    if rng_states() == states:
+        return False
+    restore()
+    return True

@@ -133,7 +133,7 @@ class _NorseSequenceAdapter(NorseAdapter):
     read_call = None  # type: ignore[assignment]
 
     def multi_step_form(self, module: nn.Module) -> str | None:
-        return "trace" if isinstance(module, (*_SEQUENCE_MODULES, lift.Lift)) else None
+        return "trace"
 
     def elementwise(self, module: nn.Module) -> bool:
         return False

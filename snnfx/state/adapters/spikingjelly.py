@@ -83,6 +83,8 @@ class SpikingJellyAdapter(StepModeAdapter):
             and not getattr(module, "store_v_seq", False)
             and not has_forward_hooks(module)
             and all(_is_of_library(module, name) for name in ("forward", *_MULTI_STEP_METHODS))
+            and _loops_over_own_step(type(module))
+            and type(module).forward in _FORWARDS
         )
         return "steps" if is_loop else "trace"
 
@@ -100,6 +102,11 @@ class SpikingJellyAdapter(StepModeAdapter):
 
     def reset(self, module: nn.Module) -> None:
         module.reset()  # type: ignore[operator]
+
+    def is_reset_value(self, module: nn.Module, name: str, value: Any) -> bool:
+        """Whether a reset sets the state to a value that is no tensor; the next call computes an initial value."""
+        reset_value = module._memories_rv[name]  # type: ignore[index]
+        return type(value) is type(reset_value) and isinstance(value, type(None) | list) and value == reset_value
 
     def initial(self, module: nn.Module, /, *inputs: Any, **kwargs: Any) -> State:
         reset_values = tuple(_copy(module._memories_rv[name]) for name in self.names(module))  # type: ignore[index]
@@ -175,6 +182,30 @@ def _is_of_library(module: nn.Module, method: str) -> bool:
     """Whether a method is that of SpikingJelly, whose multi-step forward loops over the single step, or absent."""
     found = getattr(type(module), method, None)
     return found is None or (found.__module__.startswith("spikingjelly.") and "psn" not in found.__module__)
+
+
+_GENERIC: tuple[type, ...] = (base.MemoryModule, neuron.BaseNode)
+"""Classes whose multi-step forward calls the single step of the module."""
+
+_FORWARDS = tuple(cls.forward for cls in (*_GENERIC, neuron.SimpleBaseNode) if hasattr(cls, "forward"))
+"""Forwards that only choose between the single step and the multi-step forward."""
+
+_STEP_METHODS = frozenset(
+    ("single_step_forward", "single_step_functional_forward", "neuronal_charge", "neuronal_fire", "neuronal_reset")
+)
+
+
+def _loops_over_own_step(cls: type) -> bool:
+    """Whether no class changes the single step of a class whose multi-step forward has equations of its own.
+
+    The multi-step forward of `LIFNode` computes those of `LIFNode`, also in a subclass with another single step.
+    """
+    is_changed = False
+    for base_class in cls.__mro__:
+        if base_class not in _GENERIC and not vars(base_class).keys().isdisjoint(_MULTI_STEP_METHODS):
+            return not is_changed
+        is_changed = is_changed or not vars(base_class).keys().isdisjoint(_STEP_METHODS)
+    return True
 
 
 _WITH_OPERANDS: tuple[type, ...] = tuple(filter(None, (getattr(neuron, "FlexSN", None),)))

@@ -224,3 +224,20 @@ def test_the_margin_decides_between_functions_that_take_about_the_same_time(cloc
         found = Fastest(f"margin_{margin}", names, clock, margin)
         ways = {"fixed": clock.taking(1e-3), "other": clock.taking(0.95e-3)}
         assert found.measure("fixed", ways) == expected
+
+
+def test_functions_that_draw_random_numbers_are_not_timed(clock: Clock) -> None:
+    slow = clock.taking(2e-3)
+
+    def draws() -> None:
+        slow()
+        torch.rand(3)
+
+    torch.manual_seed(0)
+    expected = torch.rand(2)
+    torch.manual_seed(0)
+    chooser = fastest(clock)
+    choice = choose(chooser, draws, clock.taking(1e-3))
+    torch.testing.assert_close(torch.rand(2), expected)  # the caller draws the numbers that it would draw without
+    assert choice.name == "a"
+    assert clock.calls == 2
