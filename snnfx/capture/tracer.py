@@ -31,6 +31,7 @@ from snnfx.capture.patches import (
     patched_factories,
     patched_isinstance,
     patched_script_functions,
+    patched_size_arguments,
 )
 from snnfx.capture.proxy import UNKNOWN, StepProxy, needs_examples, value_of
 from snnfx.capture.recording_copy import recording_modules
@@ -155,7 +156,13 @@ class StepTracer(fx.Tracer):
         self._setting_reads = SettingReads(self, self.leaf_states, self.reads)
         # The net has its own recomputation; a checkpoint inside a step would run its function with later state.
         plain = CheckpointAsPlainCall()
-        patches = (patched_apply(self), patched_isinstance(), patched_factories(self), patched_script_functions(self))
+        patches = (
+            patched_apply(self),
+            patched_isinstance(),
+            patched_factories(self),
+            patched_size_arguments(self),
+            patched_script_functions(self),
+        )
         with contextlib.ExitStack() as stack:
             for patch in (quiet_fake_tensors(), *patches, plain, self.consumed):
                 stack.enter_context(patch)
