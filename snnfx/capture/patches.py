@@ -83,6 +83,21 @@ def plain_isinstance() -> Iterator[None]:
         builtins.isinstance = patched
 
 
+_COPIES = torch.tensor
+_CONVERSIONS = (_COPIES, torch.as_tensor, torch.asarray)
+"""Factories that also take a tensor."""
+
+
+def _converted(factory: Callable[..., Any], data: Any, dtype: Any = None, device: Any = None, **options: Any) -> Any:
+    """`torch.as_tensor(data, ...)` for a recorded tensor, as operations that have batch rules and kernels."""
+    if any(options.values()):
+        raise TypeError(f"{factory.__name__}() of a recorded tensor takes dtype and device, not {', '.join(options)}")
+    if factory is _COPIES:
+        data = data.detach().clone()
+    given = {name: value for name, value in (("device", device), ("dtype", dtype)) if value is not None}
+    return data.to(**given) if given else data
+
+
 @contextlib.contextmanager
 def patched_factories(recorder: Recorder) -> Iterator[None]:
     """Record tensor factories: torch's C++ code does not accept a proxy as a size in `torch.zeros(x.shape[0], 4)`.
@@ -101,6 +116,8 @@ def patched_factories(recorder: Recorder) -> Iterator[None]:
             has_proxies = any(type(a) is StepProxy for a in pytree.tree_leaves((args, kwargs)))
             if recorder.is_evaluating or not (has_proxies or original in random):
                 return original(*args, **kwargs)
+            if original in _CONVERSIONS and args and type(args[0]) is StepProxy and args[0].stands_for(torch.Tensor):
+                return _converted(original, *args, **kwargs)
             return recorder.create_proxy("call_function", original, args, kwargs)
 
         return factory
