@@ -83,18 +83,22 @@ def plain_isinstance() -> Iterator[None]:
         builtins.isinstance = patched
 
 
-_COPIES = torch.tensor
-_CONVERSIONS = (_COPIES, torch.as_tensor, torch.asarray)
-"""Factories that also take a tensor."""
+_TENSOR = torch.tensor
+_CONVERSIONS = (_TENSOR, torch.as_tensor, torch.asarray)
+"""Factories that take a tensor or numbers."""
 
 
-def _converted(factory: Callable[..., Any], data: Any, dtype: Any = None, device: Any = None, **options: Any) -> Any:
-    """`torch.as_tensor(data, ...)` for a recorded tensor, as operations that have batch rules and kernels."""
+def _converted(
+    recorder: Recorder, factory: Callable[..., Any], data: Any, dtype: Any = None, device: Any = None, **options: Any
+) -> Any:
+    """`torch.as_tensor(data, ...)` for recorded data, as operations that have batch rules and kernels."""
     if any(options.values()):
-        raise TypeError(f"{factory.__name__}() of a recorded tensor takes dtype and device, not {', '.join(options)}")
-    if factory is _COPIES:
-        data = data.detach().clone()
+        raise TypeError(f"{factory.__name__}() of recorded data takes dtype and device, not {', '.join(options)}")
     given = {name: value for name, value in (("device", device), ("dtype", dtype)) if value is not None}
+    if type(data) is not StepProxy or not data.stands_for(torch.Tensor):
+        return recorder.create_proxy("call_function", _TENSOR, (data,), given)
+    if factory is _TENSOR:
+        data = data.detach().clone()
     return data.to(**given) if given else data
 
 
@@ -105,7 +109,7 @@ def patched_factories(recorder: Recorder) -> Iterator[None]:
     Random factories such as `torch.rand(5)` are always recorded; otherwise every call of the net would use the numbers
     drawn during the trace.
     """
-    originals = {name: getattr(torch, name) for name in operations_with("creates")}
+    originals = {name: getattr(torch, name) for name in (*operations_with("creates"), "as_tensor", "asarray")}
     random = [f for f in originals.values() if traits_of_function(f).random]
     thread: int | None = threading.get_ident()
 
@@ -116,8 +120,8 @@ def patched_factories(recorder: Recorder) -> Iterator[None]:
             has_proxies = any(type(a) is StepProxy for a in pytree.tree_leaves((args, kwargs)))
             if recorder.is_evaluating or not (has_proxies or original in random):
                 return original(*args, **kwargs)
-            if original in _CONVERSIONS and args and type(args[0]) is StepProxy and args[0].stands_for(torch.Tensor):
-                return _converted(original, *args, **kwargs)
+            if original in _CONVERSIONS:
+                return _converted(recorder, original, *args, **kwargs)
             return recorder.create_proxy("call_function", original, args, kwargs)
 
         return factory

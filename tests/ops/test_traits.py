@@ -259,8 +259,6 @@ def _others() -> Iterator[Case]:
     yield case("eye", 3)
     yield case("full", (3, 4), 0.5)
     yield case("tensor", [1.5, 2.0])
-    yield case("asarray", [1.5, 2.0])
-    yield case("as_tensor", X)
     yield case("scalar_tensor", 2)
     yield case("linspace", 0, 1, 4)
     yield case("empty_like", X)

@@ -220,10 +220,7 @@ _ROWS: tuple[OperatorRule, ...] = (
     ),
     OperatorRule("new_full", "input, size, fill_value, ...", indexing.create, sizes="size", shape_only=True),
     OperatorRule(
-        "arange linspace eye tensor scalar_tensor as_tensor asarray",
-        "*values, **options",
-        indexing.make_constant,
-        "values options",
+        "arange linspace eye tensor scalar_tensor", "*values, **options", indexing.make_constant, "values options"
     ),
     # loops of whole calls
     OperatorRule("run_loop", "loop, steps, inputs, state", elements.loop, operands="inputs state", sizes="steps"),

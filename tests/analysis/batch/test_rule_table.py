@@ -630,9 +630,6 @@ def legal_cases() -> Iterator[Case]:
         "tensor", lambda self, x: x * record(torch.tensor, x.shape[1]) + record(torch.scalar_tensor, x.dim()), [X2]
     )
     yield Case(
-        "as_tensor", lambda self, x: x * record(torch.as_tensor, x.shape[1]) + record(torch.asarray, [x.dim()]), [X2]
-    )
-    yield Case(
         "parameters alone",
         lambda self, x: x * torch.fft.fft(self.p).abs().sigmoid().mean(),
         [X2],
@@ -1601,8 +1598,8 @@ STRICTER_ORACLE = {
 
 
 UNJUDGED = {
-    "made of sizes alone, not of a sharded tensor": "arange as_tensor asarray empty eye full linspace new_full "
-    "new_ones new_zeros ones rand randn scalar_tensor tensor zeros ones_per_sample",
+    "made of sizes alone, not of a sharded tensor": "arange empty eye full linspace new_full new_ones new_zeros ones "
+    "rand randn scalar_tensor tensor zeros ones_per_sample",
     "DTensor has no rule": "bilinear fold normal poisson unfold unfold_dim cut_history draw_dropout_mask update_trace "
     "change_value",
     "attention without a fused kernel takes DTensor minutes": "nn.MultiheadAttention nn.TransformerEncoder "
