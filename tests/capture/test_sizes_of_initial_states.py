@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import snnfx
-from snnfx.errors import InputError
+from snnfx.errors import CaptureError, InputError
 from support.stepping import assert_same, run_net, run_stepped
 
 torch.set_num_threads(1)
@@ -92,3 +92,15 @@ def test_decision_of_every_step_is_checked_once() -> None:
     net = snnfx.convert(model, example_inputs=torch.rand(3, 4))
     checks = [n for n in net.program.graph.nodes if getattr(n.target, "__name__", "") == "expect_size"]
     assert len(checks) == 1
+
+
+def test_refusal_of_an_untraced_step_names_the_cause() -> None:
+    """A state that appears when the untraced step runs; example inputs, which the hint once asked for, are given."""
+
+    class Selects(StartsFrom):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward({4: x}[x.shape[1]])
+
+    with pytest.raises(CaptureError, match=r"SNNFX213(.|\n)*KeyError(.|\n)*register_memory\(\"v\", initial\)") as refusal:
+        snnfx.convert(Selects(torch.zeros_like), example_inputs=torch.rand(3, 4))
+    assert "example_inputs" not in str(refusal.value)
