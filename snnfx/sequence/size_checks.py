@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from torch.fx import Node
@@ -95,11 +96,13 @@ def remove_loop_tests(program: StepProgram, run: LoopRun, any_length: bool) -> N
     """
     tests: dict[Any, list[Node]] = {}
     for body in run.bodies:
-        inside = set(body)
+        inside, counts = set(body), Counter[Any]()
         for node in body:
             operand = node.args[0] if node.target is expect_size else None
             if isinstance(operand, Node) and isinstance(node.args[1], bool) and operand in inside:
-                tests.setdefault((operand.target, tuple(operand.all_input_nodes), node.args[2]), []).append(node)
+                test = operand.target, node.args[2]
+                tests.setdefault((test, counts[test]), []).append(node)  # the same test of each iteration
+                counts[test] += 1
     removed: set[Node] = set()
     for nodes in tests.values():
         numbers = {tuple(v for v in n.args[0].args if isinstance(v, int)) for n in nodes}  # type: ignore[union-attr]

@@ -101,6 +101,8 @@ def test_refusal_of_an_untraced_step_names_the_cause() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward({4: x}[x.shape[1]])
 
-    with pytest.raises(CaptureError, match=r"SNNFX213(.|\n)*KeyError(.|\n)*register_memory\(\"v\", initial\)") as refusal:
+    with pytest.raises(
+        CaptureError, match=r"SNNFX213(.|\n)*KeyError(.|\n)*register_memory\(\"v\", initial\)"
+    ) as refusal:
         snnfx.convert(Selects(torch.zeros_like), example_inputs=torch.rand(3, 4))
     assert "example_inputs" not in str(refusal.value)
