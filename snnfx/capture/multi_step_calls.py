@@ -51,7 +51,8 @@ def record_steps(
     if not positions:
         raise _refuse_call(name, "none of its arguments is a sequence")
     # Like `range(x.shape[0])` in the model's code, this records a check of the size.
-    steps = int(recorder.record_at(name, "call_function", getattr, (sequences[positions[0]], "shape"), {})[0])
+    shape: Any = recorder.record_at(name, "call_function", getattr, (sequences[positions[0]], "shape"), {})
+    steps = int(shape[0])
     if any(value_of(sequences[i]).shape[0] != steps for i in positions):
         raise _refuse_call(name, "its arguments have different numbers of time steps")
     outputs = []
