@@ -14,6 +14,7 @@ from snnfx.ir.facts import INPUT, SLOT
 from snnfx.ir.module_effects import has_in_place_flag, keeps_statistics
 from snnfx.ir.nodes import IN_PLACE_OPERATORS, is_in_place
 from snnfx.ir.program import StepProgram
+from snnfx.ops.step_functions import expect_size
 from snnfx.sandbox.tensor_values import same_values
 
 __all__ = ["GraphMatch"]
@@ -57,7 +58,8 @@ class GraphMatch:
         )
 
     def move_initial_values(self) -> None:
-        """Copy the expressions that slots of `b` are bound to into `b`, as initial values."""
+        """Copy the expressions that slots of `b` are bound to into `b`, as initial values, with their size checks."""
+        checks = self._checks_of_first_step()
         # The first read of an attribute makes its node, so the position of that node says nothing.
         copied: dict[Node, Node] = {a: b for a, b in self.matched.items() if a.op != "get_attr"}
         initial = []
@@ -68,6 +70,22 @@ class GraphMatch:
                 value = map_arg(self.a.as_node(value), lambda n: self._copy(n, copied))
             initial.append(value)
         self.b.set_output(self.b.outputs, self.b.next_states, initial)
+        for check in checks:
+            self._copy(check, copied)
+
+    def _checks_of_first_step(self) -> list[Node]:
+        """The size checks of `a` that `b` lacks: the model's code decided about its initial state by these sizes."""
+        known, missing = _size_checks(self.b), []
+        for check in _size_checks(self.a):
+            bound, matched = dict(self.bound), dict(self.matched)
+            for other in known:
+                if self._same(check, other):
+                    break
+                self.bound, self.matched = dict(bound), dict(matched)
+            else:
+                missing.append(check)
+            self.bound = bound
+        return missing
 
     def _copy(self, node: Node, copied: dict[Node, Node]) -> Node:
         pending = [node]  # iterative, because a graph may be deeper than Python's stack
@@ -273,6 +291,10 @@ class GraphMatch:
         if same:
             self.matched[a] = b
         return same
+
+
+def _size_checks(program: StepProgram) -> list[Node]:
+    return [n for n in program.graph.nodes if n.target is expect_size]
 
 
 def _effects(program: StepProgram) -> list[Node]:

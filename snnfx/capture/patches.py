@@ -6,6 +6,7 @@ import builtins
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ __all__ = [
     "patched_factories",
     "patched_isinstance",
     "patched_script_functions",
+    "patched_size_arguments",
     "plain_isinstance",
 ]
 
@@ -81,6 +83,25 @@ def plain_isinstance() -> Iterator[None]:
         builtins.isinstance = patched
 
 
+_TENSOR = torch.tensor
+_CONVERSIONS = (_TENSOR, torch.as_tensor, torch.asarray)
+"""Factories that take a tensor or numbers."""
+
+
+def _converted(
+    recorder: Recorder, factory: Callable[..., Any], data: Any, dtype: Any = None, device: Any = None, **options: Any
+) -> Any:
+    """`torch.as_tensor(data, ...)` for recorded data, as operations that have batch rules and kernels."""
+    if any(options.values()):
+        raise TypeError(f"{factory.__name__}() of recorded data takes dtype and device, not {', '.join(options)}")
+    given = {name: value for name, value in (("device", device), ("dtype", dtype)) if value is not None}
+    if type(data) is not StepProxy or not data.stands_for(torch.Tensor):
+        return recorder.create_proxy("call_function", _TENSOR, (data,), given)
+    if factory is _TENSOR:
+        data = data.detach().clone()
+    return data.to(**given) if given else data
+
+
 @contextlib.contextmanager
 def patched_factories(recorder: Recorder) -> Iterator[None]:
     """Record tensor factories: torch's C++ code does not accept a proxy as a size in `torch.zeros(x.shape[0], 4)`.
@@ -89,7 +110,7 @@ def patched_factories(recorder: Recorder) -> Iterator[None]:
     drawn during the trace.
     """
     torch.overrides.get_overridable_functions()  # torch keeps its tables for good: they must have the originals
-    originals = {name: getattr(torch, name) for name in operations_with("creates")}
+    originals = {name: getattr(torch, name) for name in (*operations_with("creates"), "as_tensor", "asarray")}
     random = [f for f in originals.values() if traits_of_function(f).random]
     thread: int | None = threading.get_ident()
 
@@ -100,6 +121,8 @@ def patched_factories(recorder: Recorder) -> Iterator[None]:
             has_proxies = any(type(a) is StepProxy for a in pytree.tree_leaves((args, kwargs)))
             if recorder.is_evaluating or not (has_proxies or original in random):
                 return original(*args, **kwargs)
+            if original in _CONVERSIONS:
+                return _converted(recorder, original, *args, **kwargs)
             return recorder.create_proxy("call_function", original, args, kwargs)
 
         return factory
@@ -112,6 +135,51 @@ def patched_factories(recorder: Recorder) -> Iterator[None]:
         thread = None  # a step may have stored such a function
         for name, original in originals.items():
             setattr(torch, name, original)
+
+
+_FUNCTIONS_OF_SIZES = "broadcast_to narrow repeat_interleave reshape tile unflatten".split()
+"""Functions of a tensor and sizes."""
+_METHODS_OF_SIZES = (*_FUNCTIONS_OF_SIZES, *"expand new_empty new_full new_ones new_zeros repeat view".split())
+"""Methods of a tensor that take sizes."""
+
+
+@contextlib.contextmanager
+def patched_size_arguments(recorder: Recorder) -> Iterator[None]:
+    """Record `torch.zeros(1, 4).repeat(x.shape[0], 1)`, which applies a recorded size to a constant tensor.
+
+    torch's C++ code either refuses a proxy there, or asks it for the size of the example.
+    """
+    thread: int | None = threading.get_ident()
+
+    def recording(kind: str, target: Any, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if recorder.is_evaluating or threading.get_ident() != thread:
+                return original(*args, **kwargs)
+            if not any(type(a) is StepProxy for a in pytree.tree_leaves((args, kwargs))):
+                return original(*args, **kwargs)
+            return recorder.create_proxy(kind, target, args, kwargs)
+
+        return call
+
+    undo: list[Callable[[], None]] = []
+    try:
+        for name in _METHODS_OF_SIZES:
+            _replace(torch.Tensor, name, partial(recording, "call_method", name), undo)
+        for name in _FUNCTIONS_OF_SIZES:
+            original = getattr(torch, name)
+            _replace(torch, name, partial(recording, "call_function", original), undo)
+        yield
+    finally:
+        thread = None  # a step may have stored such a function
+        for restore in undo:
+            restore()
+
+
+def _replace(owner: Any, name: str, changed: Callable[[Any], Any], undo: list[Callable[[], None]]) -> None:
+    """Set an attribute to a function of its value, and append the inverse to `undo`."""
+    original, is_own = getattr(owner, name), name in vars(owner)
+    setattr(owner, name, changed(original))
+    undo.append(partial(setattr, owner, name, original) if is_own else partial(delattr, owner, name))
 
 
 @contextlib.contextmanager

@@ -138,6 +138,12 @@ class StepProxy(fx.Proxy):
         number = [int(size) for size in self] if is_shape else self.tracer.concrete(self, float)  # type: ignore[attr-defined]
         return sys.modules["numpy"].asarray(number, *args, **kwargs)
 
+    def __str__(self) -> str:
+        value, node = value_of(self), self.node
+        is_one_size = node.target is operator.getitem or (node.target == "size" and len(node.args) == 2)
+        is_size = SHAPE_LIKE.of(node) and (type(value) is int or (value is UNKNOWN and is_one_size))
+        return str(int(self)) if is_size else super().__str__()  # code may decide by the text: blocks[str(x.shape[1])]
+
     def __format__(self, specification: str) -> str:
         if not specification:
             return str(self)

@@ -31,6 +31,7 @@ from snnfx.capture.patches import (
     patched_factories,
     patched_isinstance,
     patched_script_functions,
+    patched_size_arguments,
 )
 from snnfx.capture.proxy import UNKNOWN, StepProxy, needs_examples, value_of
 from snnfx.capture.recording_copy import recording_modules
@@ -155,7 +156,13 @@ class StepTracer(fx.Tracer):
         self._setting_reads = SettingReads(self, self.leaf_states, self.reads)
         # The net has its own recomputation; a checkpoint inside a step would run its function with later state.
         plain = CheckpointAsPlainCall()
-        patches = (patched_apply(self), patched_isinstance(), patched_factories(self), patched_script_functions(self))
+        patches = (
+            patched_apply(self),
+            patched_isinstance(),
+            patched_factories(self),
+            patched_size_arguments(self),
+            patched_script_functions(self),
+        )
         with contextlib.ExitStack() as stack:
             for patch in (quiet_fake_tensors(), *patches, plain, self.consumed):
                 stack.enter_context(patch)
@@ -218,7 +225,7 @@ class StepTracer(fx.Tracer):
         if adapter is not None and (self._tracker is None or multi_step_form(adapter, root) is None):
             _refuse_by(adapter, root, "the model", location_of_forward(root, self.traced_func_name))
         if "" in self.opaque:
-            return mark_returned(self.calls.call(root, "", call_opaque, composite_adapter(root), args, kwargs), "")
+            return self._call_opaque(root, "", args, kwargs)
         replaced = vars(root).get(self.traced_func_name)  # a forward that replaces the one of the class
         draws_from_python = False
         outputs: Any = None
@@ -408,6 +415,16 @@ class StepTracer(fx.Tracer):
         self.values.evaluate(node)
         return node
 
+    def _call_opaque(self, m: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Record the call of a module that cannot be traced."""
+        try:
+            return mark_returned(self.calls.call(m, name, call_opaque, composite_adapter(m), args, kwargs), name)
+        except CaptureError as error:
+            if error.code != "SNNFX213":
+                raise
+            why = f"{self.opaque[name].rstrip('.')}. The net therefore steps it untraced, with registered states only."
+            raise CaptureError(error.code, error.what, where=error.where, why=why, hint=error.hint) from error
+
     def concrete(self, proxy: StepProxy, number: type, is_text: bool = False) -> Any:
         """The Python number of a proxy: a size, which the graph then checks, or a number that all steps have.
 
@@ -471,7 +488,7 @@ class StepTracer(fx.Tracer):
         if name == "" and is_leaf(m) and adapter_of(m) is None:
             return self.record_at("", "call_module", SELF_TARGET, args, kwargs)
         if name in self.opaque:
-            return mark_returned(self.calls.call(m, name, call_opaque, composite_adapter(m), args, kwargs), name)
+            return self._call_opaque(m, name, args, kwargs)
         adapter = adapter_of(m)
         if adapter is not None and "forward" in vars(m) and (takes_state(adapter) or adapter.is_leaf(m)):
             raise SubmoduleNotTraceable(name, f"its forward is replaced by {text_of(vars(m)['forward'])}")

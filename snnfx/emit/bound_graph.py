@@ -387,6 +387,7 @@ class _Binder:
         self._share(placeholders, constants)
         for placeholder, x in zip(placeholders[len(constants) :], sequences, strict=True):
             self._assign(placeholder, f"fold_time({x})")
+        shared = {*self.modules, *placeholders[: len(constants)]}  # later regions may read them
         tails = self.tails.of_fold.get(node, {})
         in_loops = {n for tail in tails.values() for n in tail.nodes}
         self._guard_norms(tails.values())
@@ -401,12 +402,10 @@ class _Binder:
             if n.op == "output":
                 outputs = [self._unfolded(v, tails.get(i), sequences[0]) for i, v in enumerate(n.args[0])]
                 self._assign(node, f"({''.join(f'{y}, ' for y in outputs)})")  # none if the fold only updates buffers
-                freed = [
-                    self.values[v] for v, user in last_use.items() if user is n and v not in {*self.modules, *in_loops}
-                ]
+                freed = [self.values[v] for v, user in last_use.items() if user is n and v not in {*shared, *in_loops}]
             else:
                 self._write_inside(n)
-                freed = [self.values[v] for v in n.all_input_nodes if last_use[v] is n and v not in self.modules]
+                freed = [self.values[v] for v in n.all_input_nodes if last_use[v] is n and v not in shared]
             if freed:
                 self.lines.append(f"{' = '.join(dict.fromkeys(freed))} = None")
             if reader is not None and n.target is call_layer_by_events:

@@ -26,6 +26,7 @@ from snnfx.ir.pass_manager import run_emission
 from snnfx.ir.printing import describe_node
 from snnfx.ir.program import SELF_TARGET, StepProgram
 from snnfx.ops.run_loop import LoopHandle
+from snnfx.sandbox.snapshot import ModuleCache
 from snnfx.sandbox.torch_internals import pytree
 
 __all__ = [
@@ -87,7 +88,7 @@ class EmittedGraphs:
         """
         constants = {name: value for p in self._all_programs for name, value in p.constants.items()}
         self.root._modules[CONSTANTS] = _constants_module(constants)
-        self.root._modules[REGIONS] = nn.Module()
+        self.root._modules[REGIONS] = ModuleCache()
         if not self._share_program:
             self._emit(True, "in_training")
             self._emit(False, "in_evaluation")

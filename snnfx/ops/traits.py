@@ -138,6 +138,7 @@ ROWS: tuple[OperatorTraits, ...] = (
     OperatorTraits("multinomial", mixes=True),
     # tensors from sizes
     OperatorTraits("zeros ones empty full arange eye linspace rand randn randint randperm", creates=True),
+    OperatorTraits("tensor scalar_tensor", creates=True),
     # reductions, and operations along a dimension
     OperatorTraits("sum mean", mixes=True, linear="first", any_layout=True),
     OperatorTraits("amax amin", mixes=True, any_layout=True),

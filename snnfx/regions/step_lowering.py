@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -135,8 +136,10 @@ class StepLowering:
         if isinstance(lowered, MixedStep):
             return entry, False
         holds_for_all = not lowered.step.has_fixed_sizes and (
-            not recording.reads_sizes or self._only_elementwise_modules_read_sizes(constants)
+            not recording.reads_sizes or self._only_elementwise_modules_read_sizes(self.step.graph, constants)
         )
+        if initial is not None and initial.depends_on_sizes:
+            holds_for_all = False
         return entry, holds_for_all
 
     def _lower_recording(
@@ -214,17 +217,24 @@ class StepLowering:
         def fetcher(tensor: Tensor) -> Callable[[Sequence[Any]], Tensor]:
             return _fetcher(tensor, constants)
 
+        graph = self.start()
         try:
-            return initial_states_of_start(self._recording_of_start(inputs, constants), fetcher)
+            of_start = self._recording_of_start(inputs, constants)
+            initial = initial_states_of_start(of_start, fetcher)
         except LoweringRefused:
             assert self.first is not None
-            return initial_states_by_comparison(recording, self._recording_of(self.first, inputs, constants), fetcher)
+            graph, of_start = self.first, self._recording_of(self.first, inputs, constants)
+            initial = initial_states_by_comparison(recording, of_start, fetcher)
+        initial.depends_on_sizes = of_start.reads_sizes and not self._only_elementwise_modules_read_sizes(
+            graph.graph, constants
+        )
+        return initial
 
-    def _only_elementwise_modules_read_sizes(self, constants: Sequence[Any]) -> bool:
-        """Whether only modules known to be element-wise read sizes."""
-        modules = dict(zip((n for n in self.step.graph.nodes if n.op == "placeholder"), constants, strict=False))
-        for node in self.step.graph.nodes:
-            if _reads_size(node):
+    def _only_elementwise_modules_read_sizes(self, graph: fx.Graph, constants: Sequence[Any]) -> bool:
+        """Whether only modules known to be element-wise read sizes, and tensors of one value take them."""
+        modules = dict(zip((n for n in graph.nodes if n.op == "placeholder"), constants, strict=False))
+        for node in graph.nodes:
+            if _reads_size(node) and not _sizes_uniform_tensors(node):
                 return False
             if node.op == "call_function" and node.target in (call_stateful, initial_value):
                 module = modules.get(node.args[0])
@@ -275,6 +285,29 @@ def _reads_size(node: fx.Node) -> bool:
     if node.op == "call_method":
         return node.target in ("size", "numel", "nelement", "__len__")
     return node.op == "call_function" and (node.target is len or (node.target is getattr and node.args[1] == "shape"))
+
+
+_UNIFORM: dict[Any, int | None] = {
+    torch.zeros: None, torch.ones: None, torch.full: 1, "new_zeros": None, "new_ones": None, "new_full": 2
+}  # fmt: skip
+"""Operators that create a tensor of one value from sizes, with the position of that value."""
+
+
+def _sizes_uniform_tensors(node: fx.Node) -> bool:
+    """Whether a size is only the size of tensors of one value, which are the same number for any size."""
+    pending = [node]
+    while pending:
+        size = pending.pop()
+        for user in size.users:
+            if user.target is operator.getitem and user.args[0] is size:
+                pending.append(user)
+                continue
+            if user.target not in _UNIFORM or "fill_value" in user.kwargs:
+                return False
+            position = _UNIFORM[user.target]
+            if position is not None and (len(user.args) <= position or user.args[position] is size):
+                return False
+    return True
 
 
 def _fetcher(tensor: Tensor, constants: Sequence[Any]) -> Callable[[Sequence[Any]], Tensor]:

@@ -13,7 +13,14 @@ from snnfx.sandbox.rng_states import rng_restorer
 from snnfx.sandbox.tensor_values import restore_value
 from snnfx.sandbox.torch_internals import FakeTensor
 
-__all__ = ["StateSnapshot", "copy_containers"]
+__all__ = ["ModuleCache", "StateSnapshot", "copy_containers"]
+
+
+class ModuleCache(nn.Module):
+    """Container of modules that calls add and that snapshots leave in place.
+
+    Graphs made at a call refer to these modules for as long as the graphs exist.
+    """
 
 
 @dataclass
@@ -65,7 +72,7 @@ def _attribute_restorer(module: nn.Module, functions: bool) -> Callable[[], None
     """
     attributes = {k: v for k, v in module.__dict__.items() if k not in _REGISTRIES}
     contents = ContentsSnapshot(attributes, functions)
-    registries = {k: dict(module.__dict__[k]) for k in _REGISTRIES}
+    registries = {k: dict(module.__dict__[k]) for k in _REGISTRIES if not isinstance(module, ModuleCache)}
     attribute_tensors = [v for v in contents.tensors if not isinstance(v, FakeTensor)]
     # The values of a nested tensor cannot be compared.
     tensors = [b for b in (*module._buffers.values(), *attribute_tensors) if b is not None and not b.is_nested]

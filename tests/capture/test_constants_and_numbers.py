@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 import snnfx
 from snnfx import neuron
-from snnfx.errors import CaptureError
-from support.stepping import assert_converts, assert_same, step_model
+from snnfx.errors import CaptureError, InputError
+from support.stepping import assert_converts, assert_same, run_net, run_stepped, step_model
 
 X_SEQ = torch.rand(6, 3, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 3
 
@@ -143,3 +143,65 @@ def test_a_step_hands_parts_of_a_carried_state_through(changes: bool, examples: 
     y_seq, final = snnfx.convert(Unchanged(changes), example_inputs=examples, carry=carry)(X_SEQ)
     assert_same(y_seq, torch.stack(expected))
     assert_same(final, state)
+
+
+class ReadsConstants(nn.Module):
+    """A step on a state that starts as a Python number; `read` sees the number first, then a tensor."""
+
+    def __init__(self, read: Callable[[Any, Tensor], Tensor], start: Any = 0.0) -> None:
+        super().__init__()
+        self.read, self.v = read, start
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.v = 0.5 * self.read(self.v, x) + x
+        return self.v
+
+
+TENSORS_OF_VALUES: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "as_tensor of a state": lambda v, x: torch.as_tensor(v),
+    "as_tensor of a state with a dtype": lambda v, x: torch.as_tensor(v, dtype=x.dtype, device=x.device),
+    "asarray of a state": lambda v, x: torch.asarray(v),
+    "as_tensor of the input": lambda v, x: v + torch.as_tensor(x),
+    "tensor of a size": lambda v, x: v / torch.sqrt(torch.tensor(x.shape[-1])),
+    "tensor of a list with a size": lambda v, x: v * torch.tensor([1.0, x.shape[-1]]).sum(),
+    "as_tensor of a size": lambda v, x: v / torch.as_tensor(x.shape[-1], dtype=x.dtype),
+    "scalar_tensor of a size": lambda v, x: v / torch.scalar_tensor(x.shape[-1]),
+    "tensor of the batch size": lambda v, x: v / torch.tensor(x.shape[0]),
+}
+
+
+@pytest.mark.parametrize("examples", [False, True])
+@pytest.mark.parametrize("name", TENSORS_OF_VALUES)
+def test_tensor_of_a_recorded_value(name: str, examples: bool) -> None:
+    model = ReadsConstants(TENSORS_OF_VALUES[name])
+    net = snnfx.convert(model, example_inputs=torch.rand(3, 4, dtype=torch.float64) if examples else None)
+    for batch in (3, 2):
+        x_seq = torch.rand(3, batch, 4, dtype=torch.float64)
+        assert_same(vars(run_net(net, x_seq)), vars(run_stepped(model, x_seq)))
+
+
+@pytest.mark.filterwarnings("ignore:To copy construct from a tensor")
+def test_tensor_of_a_recorded_tensor_is_a_copy_without_gradient() -> None:
+    model = ReadsConstants(lambda v, x: v + torch.tensor(x))
+    net, x_seq = snnfx.convert(model), torch.rand(3, 2, 4, dtype=torch.float64)
+    assert_same(vars(run_net(net, x_seq)), vars(run_stepped(model, x_seq)))
+
+
+def test_text_of_a_size_selects_a_layer() -> None:
+    class Selects(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleDict({"4": nn.Linear(4, 4), "5": nn.Linear(5, 4)})
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers[str(x.shape[1])](x) if f"{x.shape[1]}" != "6" else x[:, :4]
+
+    model = Selects().double()
+    for size in (4, 5, 6):
+        x_seq = torch.rand(3, 2, size, dtype=torch.float64)
+        net = snnfx.convert(model, example_inputs=x_seq[0])
+        assert_same(vars(run_net(net, x_seq)), vars(run_stepped(model, x_seq)))
+        with pytest.raises(InputError, match="SNNFX312"):
+            net(torch.rand(3, 2, 7, dtype=torch.float64))
+    with pytest.raises(CaptureError, match="SNNFX202"):
+        snnfx.convert(model)

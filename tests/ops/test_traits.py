@@ -258,6 +258,8 @@ def _others() -> Iterator[Case]:
     yield case("arange", 5)
     yield case("eye", 3)
     yield case("full", (3, 4), 0.5)
+    yield case("tensor", [1.5, 2.0])
+    yield case("scalar_tensor", 2)
     yield case("linspace", 0, 1, 4)
     yield case("empty_like", X)
     yield case("prelu", values(2, 3, 4, 4) - 0.5, values(3))

@@ -293,3 +293,23 @@ def test_the_default_device_does_not_matter() -> None:
     with torch.device("meta"):
         y_seq = net(x_seq)
     assert torch.equal(y_seq, expected)
+
+
+class SharedBias(nn.Module):
+    """Two folded regions read one parameter directly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight, self.bias = nn.Parameter(torch.randn(6, 6)), nn.Parameter(torch.randn(6))
+        self.lif1, self.lif2 = neuron.LIFNode(), neuron.LIFNode()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.lif1(x @ self.weight + self.bias)
+        return self.lif2(y @ self.weight.t() + self.bias)
+
+
+def test_regions_share_a_parameter() -> None:
+    model, x_seq = SharedBias().double(), torch.randn(4, 3, 6, dtype=torch.float64)
+    expected = step_model(copy.deepcopy(model), x_seq)
+    torch.testing.assert_close(bound_net(model, x_seq)(x_seq), expected)

@@ -83,6 +83,19 @@ class OpaqueNeuron(nn.Module):
             y = y * 0.5
         return y
 """,
+    "SharedScale": """\
+class SharedScale(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale, self.v = nn.Parameter(torch.tensor(1.2)), None
+
+    def forward(self, x):
+        x = x * self.scale
+        if self.v is None:
+            self.v = x.new_full(x.shape, 0.3)
+        self.v = self.v * 0.6 + torch.as_tensor(x)
+        return (self.v > 0.4).to(x.dtype) * self.scale + self.v
+""",
     "ScaledLinear": """\
 class ScaledLinear(nn.Linear):
     def forward(self, x):
@@ -387,6 +400,7 @@ LAYERS = [
     "DataDependent()",
     "OpaqueState()",
     "OpaqueNeuron()",
+    "SharedScale()",
     "CellWithState({nl})",
     "Counter()",
 ]

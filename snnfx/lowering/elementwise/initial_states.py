@@ -30,12 +30,14 @@ class InitialStates:
         computed: for each state without a number, the value of `replay` that it is; None: the start graph computes it.
         replay: computes states from constants.
         fetch: for each constant that `replay` reads: the number of its value and a function that fetches it.
+        depends_on_sizes: whether the numbers or the replay hold for inputs of the recorded sizes only.
     """
 
     numbers: tuple[float | None, ...]
     computed: tuple[int | None, ...]
     replay: Replay
     fetch: tuple[tuple[int, Callable[[Sequence[Any]], Tensor]], ...]
+    depends_on_sizes: bool = False
 
     @property
     def needs_start(self) -> bool:

@@ -37,3 +37,17 @@ def test_nets_with_one_changed_weight_fail(name: str) -> None:
     net = snnfx.convert(wrong, example_inputs=x_seq[0])
     with pytest.raises(VerificationError):
         snnfx.verify(model, net, x_seq)
+
+
+@pytest.mark.parametrize("checkpoint", ["regions", "selective"])
+def test_verify_before_the_first_call_of_a_net_that_recomputes(checkpoint: str) -> None:
+    """The forms that recompute are made during the check and stay usable behind it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), snnfx.neuron.LIFNode()).double()
+    net = snnfx.convert(model, checkpoint=checkpoint)
+    x_seq = torch.rand(4, 3, 4, dtype=torch.float64) * 3
+    snnfx.verify(model, net, x_seq)
+    x_seq.requires_grad_()
+    net(x_seq).sum().backward()
+    assert x_seq.grad is not None
+    snnfx.verify(model, net, x_seq.detach())
