@@ -9,7 +9,23 @@ from torch import Tensor
 
 from snnfx.errors import InputError
 
-__all__ = ["concatenate_elements", "hold", "read_elements", "stack_elements", "write_elements"]
+__all__ = ["at_least", "concatenate_elements", "hold", "read_elements", "stack_elements", "write_elements"]
+
+
+def at_least(steps: int, least: int) -> int:
+    """The number of time steps of a call, if all iterations that run apart from a loop have one.
+
+    Raises:
+        InputError: SNNFX231, there are fewer steps.
+    """
+    if steps < least:
+        raise InputError(
+            "SNNFX231",
+            f"a call of {steps} time step{'' if steps == 1 else 's'} is too short for its loop over time",
+            why="the first and the last iteration run apart from all others.",
+            hint=f"Pass an input with at least {least} time steps.",
+        )
+    return steps
 
 
 def read_elements(x: Tensor, dim: int, start: int, step: int, count: int) -> Tensor:
@@ -18,16 +34,9 @@ def read_elements(x: Tensor, dim: int, start: int, step: int, count: int) -> Ten
     Indices below 0 count from the end, as in `x[t - 1]` for t = 0.
 
     Raises:
-        InputError: SNNFX231, an index is out of range, or the number of elements is negative.
+        InputError: SNNFX231, an index is out of range.
     """
     size, last = x.shape[dim], start + (count - 1) * step
-    if count < 0:
-        raise InputError(
-            "SNNFX231",
-            f"a call of {size} time step{'' if size == 1 else 's'} is too short for its loop over time",
-            why="the first and the last iteration run apart from all others.",
-            hint=f"Pass an input with at least {size - count} time steps.",
-        )
     if count > 0 and not (-size <= min(start, last) and max(start, last) < size):
         raise InputError(
             "SNNFX231",

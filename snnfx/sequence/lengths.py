@@ -11,12 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, fx
 from torch.fx import Node
 
 from snnfx.ir.facts import VALUE
 from snnfx.ir.printing import describe_node
 from snnfx.ir.program import StepProgram
+from snnfx.ops.elements import at_least, read_elements
 from snnfx.ops.run_loop import LoopHandle
 from snnfx.ops.step_functions import expect_size
 from snnfx.sequence.roles import DependsOnLength, Differs, operation
@@ -93,8 +94,22 @@ def make_length_variable(short: StepProgram, long: StepProgram, lengths: Lengths
             with graph.inserting_before(node):
                 node.args = _resolved(args, graph, length)
                 node.kwargs = _resolved(kwargs, graph, length)
+        _require_separate_iterations(graph, length)
     for node in checks:
         graph.erase_node(node)
+
+
+def _require_separate_iterations(graph: fx.Graph, length: Node) -> None:
+    """Check the number of time steps where a loop runs T - 2 iterations or fewer."""
+    counts = [n.args[4] for n in graph.nodes if n.target is read_elements]
+    offsets = [c.args[1] for c in counts if isinstance(c, Node) and c.target is operator.add and c.args[0] is length]
+    least = max([-k for k in offsets if isinstance(k, int)], default=0)
+    if least < 2:
+        return
+    with graph.inserting_after(length):
+        checked = graph.call_function(at_least, (length, least))
+    checked.meta = dict(length.meta)
+    length.replace_all_uses_with(checked, delete_user_cb=lambda user: user is not checked)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,6 @@ from snnfx.ir.printing import describe_node, operation_name
 from snnfx.ir.program import StepProgram
 from snnfx.ops.run_loop import run_loop
 from snnfx.ops.step_functions import expect_size
-from snnfx.sequence.checks_of_lengths import holds_for_any_length
 from snnfx.sequence.reason_at_node import ReasonAtNode
 from snnfx.state.step_calls import call_opaque, call_stateful, initial_value, opaque_initial_value
 
@@ -52,7 +51,7 @@ class PointwiseTime:
 
     Args:
         facts: node -> where its time dimension is.
-        relevant: the nodes that the outputs and the checks of sizes depend on, in program order.
+        relevant: the nodes that the outputs depend on, in program order.
         time_dim: the time dimension of the outputs; that of the inputs if the call reduces over time.
         reduce: "mean", "sum" or "last" if the call reduces over time at its end.
         reductions: the operations that reduce.
@@ -78,9 +77,8 @@ def prove_pointwise(program: StepProgram, time: TimeDimension, varying_of: dict[
     Raises:
         MixesTime: it is not.
     """
+    relevant = _relevant(program)
     analysis = _analysis(program, time)
-    checks = [n for n in program.graph.nodes if n.target is expect_size]
-    relevant = _relevant(program, [n for n in checks if not holds_for_any_length(n, analysis.facts, time.size)])
     reductions = {n: kind for n in relevant if (kind := _reduction(n, analysis))}
     behind = _behind(set(reductions), relevant)
     for node in relevant:
@@ -91,8 +89,8 @@ def prove_pointwise(program: StepProgram, time: TimeDimension, varying_of: dict[
             _check_behind(program, node, behind | reductions.keys(), analysis, set(reductions.values()))
     outputs = [o for o in program.outputs if isinstance(o, Node)]
     reduced = [o for o in outputs if o in behind or o in reductions]
-    if len(outputs) != len(program.outputs) or not outputs:
-        raise MixesTime("an output of the call is not a tensor")
+    if not outputs:
+        raise MixesTime("no output of the call is a tensor")
     if reduced:
         if len(reduced) < len(outputs):
             raise MixesTime("some outputs have a time dimension and others are reduced over time", reduced[0])
@@ -111,10 +109,11 @@ def prove_pointwise(program: StepProgram, time: TimeDimension, varying_of: dict[
     return PointwiseTime(analysis.facts, relevant, time.dim)
 
 
-def _relevant(program: StepProgram, checks: Iterable[Node]) -> list[Node]:
-    """The nodes that the outputs and these checks of sizes depend on."""
+def _relevant(program: StepProgram) -> list[Node]:
+    """The nodes that the outputs depend on, and the checks of sizes."""
     found: set[Node] = set()
-    stack = [*(o for o in program.outputs if isinstance(o, Node)), *checks]
+    checks = [n for n in program.graph.nodes if n.target is expect_size]
+    stack = [*checks, *(o for o in program.outputs if isinstance(o, Node))]
     while stack:
         node = stack.pop()
         if node not in found:

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from torch.fx import Node, map_arg
 
 from snnfx.ir.edits import add_placeholder
-from snnfx.ir.facts import ELEMENT, MODULE, SLOT, STRUCTURAL, VALUE, WHERE
+from snnfx.ir.facts import ELEMENT, ITERATIONS, MODULE, SLOT, STRUCTURAL, VALUE, WHERE
 from snnfx.ir.guards import Guards
 from snnfx.ir.nodes import is_module_call, is_structural, without_detach
 from snnfx.ir.printing import describe_node, operation_name
@@ -432,7 +432,7 @@ class _Reroll:
                     arguments = (write.tensor, write.dim, write.start, write.step, values_of_write)
                     new = graph.call_function(write_elements, arguments)
                     new.meta = {k: v for k, v in node.meta.items() if k != "iterations"}
-                elif position not in sequences:
+                elif position not in sequences or (position in finals and self._continues(node, iteration)):
                     new = self._result(states, finals[position], node)
                 else:
                     new = graph.call_function(operator.getitem, (sequences[position], iteration))
@@ -450,6 +450,11 @@ class _Reroll:
         for body in reversed(self.alignment.bodies):
             for node in reversed(body):
                 graph.erase_node(node)
+
+    def _continues(self, node: Node, iteration: int) -> bool:
+        """Whether an iteration that runs apart reads a state of the last iteration; there may be none before it."""
+        users = [user for user in node.users if user not in self.inside]
+        return iteration == self.alignment.count - 1 and any(ITERATIONS.of(user) for user in users)
 
     def _is_persistent(self, node: Node) -> bool:
         return any(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
+from torch import Tensor
 from torch.fx import Node
 
-from snnfx.ir.facts import ITERATIONS
+from snnfx.ir.facts import ITERATIONS, VALUE
 from snnfx.ir.nodes import is_size
+from snnfx.ir.printing import operation_name
 from snnfx.ir.program import StepProgram
 from snnfx.ops.step_functions import expect_size
 from snnfx.sequence.loop_runs import LoopRun
@@ -85,9 +88,16 @@ def _copy_in_front(program: StepProgram, anchor: Node, check: Node) -> None:
 
 
 def _form(node: Node) -> Any:
-    """A size as nested tuples that are equal for equal computations; any other value as its node."""
+    """A size as nested tuples that are equal for equal computations; any other value as its node.
+
+    The elements of a sequence have one form: their sizes are equal.
+    """
     if not is_size(node):
-        return node
+        source = node.args[0] if node.args else None
+        if node.target is operator.getitem and isinstance(source, Node) and isinstance(node.args[1], int):
+            of_sequence = isinstance(VALUE.of(source), Tensor) or operation_name(source) == "unbind"
+            return ("element", source) if of_sequence else node
+        return ("element", *node.args[:2]) if operation_name(node) == "select" else node
     return node.target, *(_form(a) if isinstance(a, Node) else repr(a) for a in node.args)
 
 

@@ -507,7 +507,7 @@ def test_every_code_of_capture_has_a_test() -> None:
         "SNNFX212": "test_capture.py",
         "SNNFX217": "test_leaf_module_states.py",
         "SNNFX224": "test_first_step_match.py",
-        "SNNFX225": "test_refusals.py",
+        "SNNFX225": "test_hints_of_calls.py",
         "SNNFX226": "test_variables_of_one_call.py",
         **dict.fromkeys(("SNNFX230", "SNNFX231", "SNNFX233"), "test_sequence_refusals.py"),
         "SNNFX234": "test_multi_step_models.py",
