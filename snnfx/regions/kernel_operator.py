@@ -195,7 +195,7 @@ def _gradients_in_order(
     gradients: list[Tensor | None] = [*grad_x, *(by_tensor.get(id(t)) for t in tensors_of(constants))]
     gradients += grad_states if state is not None else []
     return [
-        torch.zeros_like(t) if g is None else g.contiguous()
+        torch.zeros_like(t, memory_format=torch.contiguous_format) if g is None else g.contiguous()
         for t, g, need in zip(everything, gradients, needs, strict=True)
         if need
     ]

@@ -137,3 +137,29 @@ def test_cells_with_tensors_of_their_own_compile(cell: str) -> None:
 
     for a, e in zip(found_by(compiled), found_by(net), strict=True):
         torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)
+
+
+class Permuted(nn.Module):
+    """The loop reads a sequence whose memory is in another order, as behind a Conv1d over time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(5, 8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv(x.permute(1, 2, 0)).permute(2, 0, 1)
+        u, outputs = torch.zeros_like(h[0]), []
+        for t in range(h.shape[0]):
+            u = 0.6 * u + torch.tanh(h[t])
+            outputs.append(u)
+        return torch.stack(outputs).cumsum(0)
+
+
+def test_gradients_of_a_permuted_sequence() -> None:
+    torch.manual_seed(0)
+    model, x = Permuted(), torch.rand(8, 3, 5, requires_grad=True)
+    net = snnfx.convert(model, takes="sequence", example_inputs=(x,))
+    compiled = torch.compile(net, fullgraph=True)
+    wanted = torch.autograd.grad(model(x).sum(), [x, *model.parameters()])
+    found = torch.autograd.grad(compiled(x).sum(), [x, *model.parameters()])
+    torch.testing.assert_close(found, wanted)
