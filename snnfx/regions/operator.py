@@ -159,7 +159,8 @@ def run_region(
             outputs.append([torch.as_tensor(v) for v in y])
             states.append([torch.as_tensor(s) for s in current])
         stacked = [torch.stack(y) for y in zip(*outputs, strict=True)]
-        return [*stacked, *(s.clone(memory_format=torch.contiguous_format) for s in states[-1]), *(torch.stack(s) for s in zip(*states, strict=True))]
+        final = [s.clone(memory_format=torch.contiguous_format) for s in states[-1]]
+        return [*stacked, *final, *(torch.stack(s) for s in zip(*states, strict=True))]
 
 
 @run_region.register_fake
@@ -300,7 +301,8 @@ def _(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     everything = [*x_seq, *tensors, *state]
-    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t, n in zip(everything, needs, strict=True) if n]
+    needed = [t for t, n in zip(everything, needs, strict=True) if n]
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in needed]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
