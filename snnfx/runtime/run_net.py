@@ -141,9 +141,14 @@ def _contiguous_copy(y: Tensor) -> Tensor:
     return y.detach().clone(memory_format=torch.contiguous_format)
 
 
+def _memory_of(tensors: Sequence[Tensor]) -> set[int]:
+    """The addresses of the memory of tensors; that of a storage takes longer to read than that of a tensor."""
+    return {t.untyped_storage().data_ptr() if t.storage_offset() else t.data_ptr() for t in tensors}
+
+
 def _fresh(results: Sequence[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
     """Contiguous results that share no memory with each other or with the arguments."""
-    taken = {t.untyped_storage().data_ptr() for t in given}
+    taken = _memory_of(given)
     fresh = []
     for y in results:
         own = _contiguous_copy(y) if y.untyped_storage().data_ptr() in taken else y.detach().contiguous()
@@ -225,7 +230,7 @@ def _run_net_backward(
         )
         if not keeps:
             recording.edges = None
-        taken = {t.untyped_storage().data_ptr() for t in (*grads, *like, *kept)}
+        taken = _memory_of([*grads, *like, *kept])
         return [_gradient_like(g, t, taken) for g, t in zip(gradients, like, strict=True)]
 
 
