@@ -58,16 +58,21 @@ def expect_size(size: int, expected: int, where: str) -> int:
     Raises:
         InputError: SNNFX312, the size differs in this call.
     """
-    if size != expected:
-        is_condition = isinstance(expected, bool)
+    if size != expected and isinstance(expected, bool):
         raise InputError(
             "SNNFX312",
-            f"a {'condition on sizes or dtypes' if is_condition else 'size'} is {size}, but the step was captured with "
-            f"{expected}",
+            f"a condition on sizes or dtypes is {size}, but the step was captured with {expected}",
             where=where,
-            why=f"the Python code of the model {'decided by it' if is_condition else 'used it as a number'} during "
-            "capture.",
-            hint=f"Convert again with example_inputs of the new {'sizes and dtypes' if is_condition else 'size'}.",
+            why="the Python code of the model decided by it during capture.",
+            hint="Convert again with example_inputs of the new sizes and dtypes.",
+        )
+    if size != expected:
+        raise InputError(
+            "SNNFX312",
+            f"a size is {size}, but the step was captured with {expected}",
+            where=where,
+            why="the Python code of the model used it as a number during capture.",
+            hint="Convert again with example_inputs of the new size.",
         )
     return size
 

@@ -16,12 +16,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from snnfx.capture.iteration_tracking import CalledFunction, FunctionKey, Kinds, LoopSource
 from snnfx.sequence.loop_lengths import LoopLengths
 
-__all__ = ["may_branch_on_count"]
+__all__ = ["may_branch_on_count", "parsed"]
 
 
 def may_branch_on_count(source: LoopSource) -> bool:
     """Whether other iterations of a loop than the first ones and the last may run other code; True if unknown."""
-    tree = _parsed(source.filename)
+    tree = parsed(source.filename)
     loop = _loop_at(tree, source) if tree is not None else None
     if tree is None or loop is None:
         return True
@@ -116,7 +116,7 @@ _Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 def _definition_of(function: FunctionKey) -> _Function | None:
     filename, name, line = function
-    tree = _parsed(filename)
+    tree = parsed(filename)
     for node in ast.walk(tree) if tree is not None else ():
         if not isinstance(node, _Function) or node.name != name:
             continue
@@ -129,7 +129,7 @@ def _is_bound(function: FunctionKey, definition: _Function) -> bool:
     """Whether the first parameter is the object or class of a method."""
     if any(isinstance(d, ast.Name) and d.id == "staticmethod" for d in definition.decorator_list):
         return False
-    tree = _parsed(function[0])
+    tree = parsed(function[0])
     classes = [n for n in ast.walk(tree) if isinstance(n, ast.ClassDef)] if tree is not None else []
     return any(definition in c.body for c in classes)
 
@@ -481,7 +481,9 @@ class _Uses:
 
 
 @functools.lru_cache(maxsize=64)
-def _parsed(filename: str) -> ast.Module | None:
+def parsed(filename: str) -> ast.Module | None:
+    """The syntax tree of a file; None if its source cannot be read."""
+    """The syntax tree of a file; None if its source cannot be read."""
     lines = linecache.getlines(filename)
     try:
         return ast.parse("".join(lines)) if lines else None

@@ -14,12 +14,13 @@ from typing import Any
 from torch import Tensor, fx
 from torch.fx import Node
 
-from snnfx.ir.facts import VALUE
+from snnfx.ir.facts import VALUE, WHERE
 from snnfx.ir.printing import describe_node
 from snnfx.ir.program import StepProgram
 from snnfx.ops.elements import at_least, read_elements
 from snnfx.ops.run_loop import LoopHandle
 from snnfx.ops.step_functions import expect_size
+from snnfx.sequence.length_uses import hides_length
 from snnfx.sequence.roles import DependsOnLength, Differs, operation
 
 __all__ = ["Lengths", "make_length_variable", "require_same_step"]
@@ -70,6 +71,9 @@ def make_length_variable(short: StepProgram, long: StepProgram, lengths: Lengths
 
     def lift(node: Node, a: Any, b: Any) -> Any:
         if node.target is expect_size and (a, b) == (lengths.short, lengths.long):
+            where = WHERE.of(node)
+            if where is not None and hides_length(*where):
+                raise Differs("the code around the call of `len` or `int` may branch on the number or round it", node)
             checks.append(node)
             return a
         expression = _expression(a, b, lengths)

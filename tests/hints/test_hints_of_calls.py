@@ -452,6 +452,25 @@ def test_a_plan_that_cannot_be_made_again() -> None:
     is_stepped(net, net(sequence()[:, 0]), sequence()[:, 0])
 
 
+def test_a_decision_by_another_size() -> None:
+    class ByColumns(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.tanh() if x.shape[1] > C else 2 * x
+
+    wide = sequence(T, N, C + 1)
+    net = snnfx.convert(ByColumns(), example_inputs=sequence()[0])
+    refused(
+        "SNNFX312",
+        "ops/step_functions.py:expect_size",
+        "Convert again with example_inputs of the new sizes and dtypes.",
+        lambda: net(wide),
+        names="a condition on sizes or dtypes is True",
+        at="x.shape[1]",
+    )
+    net = snnfx.convert(ByColumns(), example_inputs=wide[0])
+    is_stepped(net, net(wide), wide)
+
+
 def test_a_size_of_another_capture() -> None:
     class PerColumn(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -307,6 +307,30 @@ def test_iterations_that_differ() -> None:
     converts(Stepping(), sequence(), (torch.arange(T) % 2 == 0).to(torch.float64), entry="step", examples=True)
 
 
+def test_a_call_that_is_shorter_than_its_separate_iterations() -> None:
+    class Louder(Looped):
+        def forward(self, x: Tensor) -> Tensor:
+            v, out = None, []
+            for t in range(x.shape[0]):
+                current = self.fc(x[t])
+                if t == x.shape[0] - 1:
+                    current = 2 * current
+                s, v = self.cell(current, v)
+                out.append(s)
+            return torch.stack(out)
+
+    model = Louder()
+    net = snnfx.convert(model, takes="sequence", example_inputs=(sequence(),))
+    error = refused(
+        "SNNFX231",
+        "ops/elements.py:at_least",
+        "Pass an input with at least ",
+        lambda: net(sequence(1, N, C)),
+    )
+    steps = int(error.hint.split()[6])
+    assert_same(net(sequence(steps, N, C)), model(sequence(steps, N, C)))
+
+
 def test_an_input_that_is_shorter_than_its_loop() -> None:
     class Fixed(Looped):
         def forward(self, x: Tensor) -> Tensor:
