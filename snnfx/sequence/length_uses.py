@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 
-from snnfx.sequence.counter_reads import parsed
+from snnfx.sequence.source_trees import parsed
 
 __all__ = ["hides_length"]
 
