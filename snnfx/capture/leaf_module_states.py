@@ -131,7 +131,7 @@ class LeafModuleStates:
             self._slots_at_reset_value.discard(slot)
 
     def _is_reset_value(self, value: Any, slot: str, name: str, module: nn.Module, adapter: Adapter) -> bool:
-        """Whether `functional.reset_net(self)` in a forward set a state to a value that is no tensor."""
+        """Whether `functional.reset_net(self)` in a forward set a state to another value than a tensor."""
         if isinstance(value, StepProxy | Tensor) or is_number(value):
             return False
         index = _slot_names(name, module, adapter).index(slot)

@@ -1,6 +1,6 @@
 """Refuse a step that changes variables or objects outside the model; a net would not repeat the change.
 
-A global variable that the step sets before it reads it is no state: each step computes its value anew.
+A step that sets a global variable before it reads the variable computes its value anew: it needs no slot.
 """
 
 from __future__ import annotations

@@ -142,7 +142,7 @@ def _contiguous_copy(y: Tensor) -> Tensor:
 
 
 def _memory_of(tensors: Sequence[Tensor]) -> set[int]:
-    """The addresses of the memory of tensors; that of a storage takes longer to read than that of a tensor."""
+    """The addresses of the memory of tensors. Reading the address of a storage takes longer."""
     return {t.untyped_storage().data_ptr() if t.storage_offset() else t.data_ptr() for t in tensors}
 
 

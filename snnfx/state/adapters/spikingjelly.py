@@ -104,7 +104,7 @@ class SpikingJellyAdapter(StepModeAdapter):
         module.reset()  # type: ignore[operator]
 
     def is_reset_value(self, module: nn.Module, name: str, value: Any) -> bool:
-        """Whether a reset sets the state to a value that is no tensor; the next call computes an initial value."""
+        """Whether a reset sets the state to another value than a tensor; the next call computes an initial value."""
         reset_value = module._memories_rv[name]  # type: ignore[index]
         return type(value) is type(reset_value) and isinstance(value, type(None) | list) and value == reset_value
 
