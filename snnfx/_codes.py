@@ -328,7 +328,7 @@ CODES: dict[str, CodeEntry] = {
     "SNNFX226": CodeEntry(
         "a step stores a tensor in a global variable that it never reads",
         "A net does not set global variables, so code outside of the model would read an old tensor. Return the tensor "
-        "instead. A global variable that a step sets and then reads itself is no problem.",
+        "instead. A step may set a global variable and then read it.",
         "def forward(self, x):\n    global last\n    last = self.fc(x)\n    return x",
         "def forward(self, x):\n    return x, self.fc(x)",
     ),

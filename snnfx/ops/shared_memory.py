@@ -1,10 +1,17 @@
-"""Whether two views of the same memory share elements."""
+"""The memory of tensors: where it is, and whether two views of it share elements."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import Tensor
 
-__all__ = ["are_disjoint"]
+__all__ = ["addresses_of", "are_disjoint"]
+
+
+def addresses_of(tensors: Iterable[Tensor]) -> set[int]:
+    """The addresses of the storages of tensors, from the tensors where possible: reading a storage takes longer."""
+    return {t.untyped_storage().data_ptr() if t.storage_offset() else t.data_ptr() for t in tensors}
 
 
 def are_disjoint(a: Tensor, b: Tensor) -> bool:

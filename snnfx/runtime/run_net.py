@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from snnfx.errors import InputError, PassError
+from snnfx.lowering.mixed.operator_shapes import unaliased
+from snnfx.ops.shared_memory import addresses_of
 from snnfx.regions.operator import real_tensors_allowed
 from snnfx.runtime.backward_pass import is_in_backward_pass, refuse_to_carry_state_in_backward
 from snnfx.runtime.net_operator import CallForm, NetOperator, cpu_autocast
@@ -118,7 +120,8 @@ def _run_net(
                         buffer.copy_(value)
         token = torch.zeros(1, dtype=torch.uint8)
         if not records:
-            return *_fresh(results, [*inputs, *states, *parameters, *buffers]), token
+            results = [y.detach() for y in results]
+            return *unaliased(results, [*inputs, *states, *parameters, *buffers]), token
         edges = [get_gradient_edge(y) if y.requires_grad else None for y in results]
         token.snnfx_recording = _Recording(  # type: ignore[attr-defined]
             edges, [*given, *used], [p for p in used if isinstance(p, nn.Parameter)]
@@ -139,22 +142,6 @@ def _is_real(tensors: Sequence[Tensor]) -> bool:
 
 def _contiguous_copy(y: Tensor) -> Tensor:
     return y.detach().clone(memory_format=torch.contiguous_format)
-
-
-def _memory_of(tensors: Sequence[Tensor]) -> set[int]:
-    """The addresses of the memory of tensors. Reading the address of a storage takes longer."""
-    return {t.untyped_storage().data_ptr() if t.storage_offset() else t.data_ptr() for t in tensors}
-
-
-def _fresh(results: Sequence[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
-    """Contiguous results that share no memory with each other or with the arguments."""
-    taken = _memory_of(given)
-    fresh = []
-    for y in results:
-        own = _contiguous_copy(y) if y.untyped_storage().data_ptr() in taken else y.detach().contiguous()
-        fresh.append(own)
-        taken.add(own.untyped_storage().data_ptr())
-    return fresh
 
 
 def _fake_run_net(
@@ -230,7 +217,7 @@ def _run_net_backward(
         )
         if not keeps:
             recording.edges = None
-        taken = _memory_of([*grads, *like, *kept])
+        taken = addresses_of([*grads, *like, *kept])
         return [_gradient_like(g, t, taken) for g, t in zip(gradients, like, strict=True)]
 
 

@@ -278,7 +278,7 @@ class CounterUses:
 
     @staticmethod
     def _is_near(index: ast.AST) -> bool:
-        """Whether an index is that of the current iteration, or of one of the two before it: `t`, `t - 1`."""
+        """Whether an index names the current iteration or one of the two before it: `t`, `t - 1`."""
         if isinstance(index, ast.BinOp):
             offset = index.right
             near = isinstance(offset, ast.Constant) and isinstance(offset.value, int) and abs(offset.value) <= 2

@@ -70,7 +70,7 @@ class TracedCalls:
         """Find the dimension of the inputs whose size is the number of iterations of a loop.
 
         Raises:
-            DependsOnLength: there is no such dimension, or later iterations may run other code.
+            DependsOnLength: no size of the inputs is that number, or later iterations may run other code.
         """
         candidates = list(_candidates(self.tensors))
         for index, candidate in enumerate(candidates):

@@ -73,7 +73,7 @@ class _Extended:
         return self.plane * self.stride[0] * self.stride[1] * self.stride[2]
 
     def at(self, dim: int, position: int) -> int:
-        """The share of one dimension in the place of an element."""
+        """The contribution of one dimension to the offset of an element."""
         place, phase = divmod(position, self.stride[dim])
         return place * self._step[dim] + phase * self._phase[dim]
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from snnfx.lowering.elementwise.lowered_step import Needs
 from snnfx.lowering.mixed.mixed_step import MixedStep
+from snnfx.ops.shared_memory import addresses_of
 
 __all__ = ["ResultShapes", "result_shapes", "size_hint", "symbolic_shapes", "unaliased"]
 
@@ -65,7 +66,7 @@ def size_hint(size: Any) -> int:
 
 def unaliased(results: Sequence[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
     """Contiguous results that share no memory with each other or with the inputs, as custom operators require."""
-    taken = {t.untyped_storage().data_ptr() for t in given}
+    taken = addresses_of(given)
     copies = []
     for tensor in results:
         pointer = tensor.untyped_storage().data_ptr()
