@@ -2,10 +2,10 @@
 
 Allocating the ring buffers of a run and building its operations takes longer than the loop itself if a net is small. A
 run is therefore kept. A compiled loop that is repeated reads the given tensors and writes the results where they are
-(`snnfx.lowering.mixed.relocation`); steps that Python code runs have views of the tensors of the run, to which the next
-call writes its values and from which it copies the results, so only small tensors are worth it. Parameters stay at their addresses from call to call, so a run reads them
-and their views directly. A run is taken out while it is in use, so that several threads and nested calls never share
-one.
+(`snnfx.lowering.mixed.relocation`). Steps that Python code runs have views of the tensors of the run: the next call
+writes its values to these tensors and copies the results, so only small tensors are worth it. Parameters stay at their
+addresses from call to call, so a run reads them and their views directly. A run is taken out while it is in use, so
+that several threads and nested calls never share one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from snnfx.lowering.mixed.batched_calls import run_batched
-from snnfx.lowering.mixed.executor import PassResult, ScheduleRun, where_it_is
+from snnfx.lowering.mixed.executor import ScheduleRun
+from snnfx.lowering.mixed.pass_result import PassResult, where_it_is
 from snnfx.lowering.mixed.relocation import Relocation, start_of
 from snnfx.lowering.mixed.schedule import Schedule
 from snnfx.ops.buffer_pool import pool
@@ -112,9 +113,15 @@ def _key(
     described: list[object] = [T, reverse, torch.get_num_threads()]
     for values in (stacks, invariants):
         for number, tensor in values.items():
-            total += tensor.nbytes
+            total += tensor.nbytes if tensor.is_contiguous() else _extent(tensor)
             described += (number, tensor.shape, tensor.stride(), tensor.dtype, tensor.is_neg())
     return tuple(described) if total <= (_MOST_BYTES_OF_LOOP if is_compiled else _MOST_BYTES) else None
+
+
+def _extent(tensor: Tensor) -> int:
+    """Bytes from the first to the last element of a tensor, at least those of its elements."""
+    steps = [(size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
+    return max(tensor.nbytes, (sum(steps) + 1) * tensor.element_size())
 
 
 class KeptMemory:
@@ -173,15 +180,15 @@ class BoundRun:
         moving: frozenset[int] = frozenset(),
     ) -> None:
         self.schedule, self._moving = schedule, moving
+        is_compiled = schedule.reason_for_python == ""
         fixed = {start_of(t) for t in constants}
         shared = {n: t for n, t in invariants.items() if n not in moving and start_of(t) in fixed}
         self._addresses = {n: t.data_ptr() for n, t in shared.items()}
         with torch.inference_mode(False):
-            self.stacks = {n: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu") for n, t in stacks.items()}
+            self.stacks = {n: _stand_in(t) if is_compiled else _own(t) for n, t in stacks.items()}
             self.copied = {n: _own(t) for n, t in invariants.items() if n not in shared}
             self.invariants = {n: shared[n] if n in shared else self.copied[n] for n in invariants}
-            for own, given in ((self.stacks, stacks), (self.copied, invariants)):
-                _write(own, given)
+            _write(self.copied, invariants)
             self.run = ScheduleRun(schedule, T, dict(self.stacks), self.invariants, carried, reverse)
         memory.count(self)
         given_memory = {start_of(t) for t in (*self.stacks.values(), *self.invariants.values())}
@@ -192,7 +199,7 @@ class BoundRun:
         }
         self.relocation: Relocation | None = None
         self._made: list[Tensor] = []
-        if not self.run.reason_for_python:
+        if is_compiled and not self.run.reason_for_python:
             given_memory.update(map(start_of, self.computed.values()))
             made = {start_of(t): t for t in sorted(self.run.stacks_of_loop(), key=Tensor.numel)}
             self._made = [t for start, t in made.items() if start and start not in given_memory]
@@ -200,7 +207,11 @@ class BoundRun:
                 (*self.stacks.values(), *self.computed.values(), *self._made)
             )
         to_copy = [*self.copied.values(), *(() if self.relocation else self.stacks.values())]
-        self.can_be_repeated = not self.run.copies_given and sum([t.nbytes for t in to_copy]) <= _MOST_BYTES
+        self.can_be_repeated = (
+            not self.run.copies_given
+            and is_compiled == (self.relocation is not None)
+            and sum([t.nbytes for t in to_copy]) <= _MOST_BYTES
+        )
         rings = (*self.run.rings.values(), *(ring for rings in self.run.targets.values() for ring in rings))
         self._memory = given_memory.union(start_of(ring.tensor) for ring in rings)
         """The addresses of all storages of the run."""
@@ -274,6 +285,11 @@ def _new(stand_in: Tensor) -> Tensor:
     return pool.empty((count,), (1,), stand_in.dtype).as_strided(
         stand_in.shape, stand_in.stride(), stand_in.storage_offset()
     )
+
+
+def _stand_in(tensor: Tensor) -> Tensor:
+    """A tensor with the same strides, whose elements are never read or written."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
 
 
 def _own(tensor: Tensor) -> Tensor:

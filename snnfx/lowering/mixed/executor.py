@@ -37,39 +37,15 @@ from snnfx.lowering.mixed.operations import (
     Product,
 )
 from snnfx.lowering.mixed.parts import JOINS, Part, is_placed, parts_of
+from snnfx.lowering.mixed.pass_result import PassResult, where_it_is
 from snnfx.lowering.mixed.ring_buffers import RingBuffer, Rows
 from snnfx.lowering.mixed.schedule import Schedule
 from snnfx.ops.buffer_pool import pool
 
-__all__ = ["PassResult", "ScheduleRun", "where_it_is"]
+__all__ = ["ScheduleRun"]
 
 _MIN_PARALLEL_ELEMENTS = 1 << 14
 """Elements of a step from which on a kernel uses several threads."""
-
-
-def where_it_is(tensor: Tensor) -> Tensor:
-    """The tensor: the operations of a run that is not repeated use its own tensors."""
-    return tensor
-
-
-class PassResult:
-    """The results of a pass.
-
-    Args:
-        stacks: the values at all steps, `[T, *]`, of `PassGoal.stacks`.
-        sums: the sums over time of `PassGoal.sums`.
-        finals: the loop-carried values after the last step, in the order of `PassGoal.carried`.
-        is_unshared: whether no result shares memory with the run.
-    """
-
-    def __init__(
-        self, stacks: dict[int, Tensor], sums: dict[int, Tensor], finals: list[Tensor], is_unshared: bool = False
-    ) -> None:
-        self.stacks, self.sums, self.finals, self.is_unshared = stacks, sums, finals, is_unshared
-
-    def own_finals(self) -> list[Tensor]:
-        """The final values in memory of their own."""
-        return self.finals if self.is_unshared else [final.clone() for final in self.finals]
 
 
 class ScheduleRun:
@@ -405,9 +381,7 @@ class ScheduleRun:
         fixed = {t.untyped_storage().data_ptr() for t in self.zeroed}
         return [t for t in found if t.untyped_storage().data_ptr() not in fixed]
 
-    def result(
-        self, unshared: Sequence[int], moved: Callable[[Tensor], Tensor] = where_it_is
-    ) -> PassResult:
+    def result(self, unshared: Sequence[int], moved: Callable[[Tensor], Tensor] = where_it_is) -> PassResult:
         """Run the calls after the loop and collect the results.
 
         Args:

@@ -1,7 +1,7 @@
 """The C++ source of the gradient of a weight, `x^T grad`, that visits only the elements of `x` that are not zero.
 
-For a block of rows, which stays in the first cache for each tile of outputs, the rows in which an input is not zero form
-the list of this input. The sum of an input is thus in registers over its whole list.
+A tile of outputs of a block of rows stays in the first cache. The rows of the block in which an input is not zero form
+the list of this input, so that its sum is in registers over the whole list.
 """
 
 from __future__ import annotations
