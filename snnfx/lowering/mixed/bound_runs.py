@@ -31,8 +31,14 @@ __all__ = ["run_schedule"]
 _MOST_BYTES = 1 << 21
 """Bytes of the given tensors up to which copying them takes less time than building a run."""
 
-_MOST_BYTES_OF_LOOP = 1 << 25
-"""Bytes of the given tensors of a compiled loop up to which building a run is a noticeable part of its time."""
+_LEAST_MOVED_BYTES = 1 << 17
+"""Bytes of the given tensors of a compiled loop from which copying them takes longer than changing addresses."""
+
+_MOST_BYTES_OF_LOOP = 1 << 23
+"""Bytes of the given tensors of a compiled loop from which on building a run takes a small part of its time.
+
+The memory of larger runs is missing in the pool of buffers.
+"""
 
 _KEPT = 4
 """Runs that a schedule keeps, for different shapes."""
@@ -180,12 +186,12 @@ class BoundRun:
         moving: frozenset[int] = frozenset(),
     ) -> None:
         self.schedule, self._moving = schedule, moving
-        is_compiled = schedule.reason_for_python == ""
+        moves = schedule.reason_for_python == "" and sum([t.nbytes for t in stacks.values()]) >= _LEAST_MOVED_BYTES
         fixed = {start_of(t) for t in constants}
         shared = {n: t for n, t in invariants.items() if n not in moving and start_of(t) in fixed}
         self._addresses = {n: t.data_ptr() for n, t in shared.items()}
         with torch.inference_mode(False):
-            self.stacks = {n: _stand_in(t) if is_compiled else _own(t) for n, t in stacks.items()}
+            self.stacks = {n: _stand_in(t) if moves else _own(t) for n, t in stacks.items()}
             self.copied = {n: _own(t) for n, t in invariants.items() if n not in shared}
             self.invariants = {n: shared[n] if n in shared else self.copied[n] for n in invariants}
             _write(self.copied, invariants)
@@ -197,9 +203,11 @@ class BoundRun:
             for number, stack in self.run.stacks.items()
             if number in schedule.made_before and start_of(stack) not in given_memory
         }
+        self._views: PassResult | None = None
+        """The results as views of the memory of the run; None if each repetition computes or moves some of them."""
         self.relocation: Relocation | None = None
         self._made: list[Tensor] = []
-        if is_compiled and not self.run.reason_for_python:
+        if moves and not self.run.reason_for_python:
             given_memory.update(map(start_of, self.computed.values()))
             made = {start_of(t): t for t in sorted(self.run.stacks_of_loop(), key=Tensor.numel)}
             self._made = [t for start, t in made.items() if start and start not in given_memory]
@@ -209,12 +217,15 @@ class BoundRun:
         to_copy = [*self.copied.values(), *(() if self.relocation else self.stacks.values())]
         self.can_be_repeated = (
             not self.run.copies_given
-            and is_compiled == (self.relocation is not None)
+            and moves == (self.relocation is not None)
             and sum([t.nbytes for t in to_copy]) <= _MOST_BYTES
         )
         rings = (*self.run.rings.values(), *(ring for rings in self.run.targets.values() for ring in rings))
         self._memory = given_memory.union(start_of(ring.tensor) for ring in rings)
         """The addresses of all storages of the run."""
+
+    def _is_in_memory_of_run(self, result: PassResult) -> bool:
+        return self._memory.issuperset(map(start_of, (*result.stacks.values(), *result.sums.values())))
 
     def moved(self, invariants: dict[int, Tensor]) -> frozenset[int]:
         """The invariants whose address changes if some are no longer where the run reads them; else none."""
@@ -264,7 +275,9 @@ class BoundRun:
         for copy, source in self.run.row_copies:
             copy.copy_(moved(source))
         self.run.run(initial, moved)
-        result = self.run.result(unshared, moved)
+        result = self.run.result(unshared, moved) if self._views is None else self._views
+        if self.relocation is None and self._views is None and self._is_in_memory_of_run(result):
+            self._views = result
         copies: dict[int, Tensor] = {}
         for t in (*result.stacks.values(), *result.sums.values()):
             if id(t) not in copies:

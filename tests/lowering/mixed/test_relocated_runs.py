@@ -76,6 +76,11 @@ def kept_runs(net: snnfx.Net) -> list[bound_runs.BoundRun]:
     return [kept for schedule in schedules for kept in schedule.kept_runs.values() if kept is not None]
 
 
+@pytest.fixture(autouse=True)
+def small_tensors_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bound_runs, "_LEAST_MOVED_BYTES", 0)
+
+
 @pytest.fixture(params=[1, 2])
 def threads(request: pytest.FixtureRequest) -> object:
     before = torch.get_num_threads()
