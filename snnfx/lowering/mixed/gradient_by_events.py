@@ -20,7 +20,7 @@ _LEAST_WORK = 1 << 22
 """Multiplications from which on the product saves more than its launch costs."""
 
 _MOST_DENSE = 0.3
-"""The density up to which the product is faster: two fifths, measured, less a margin."""
+"""The density up to which the product is used; it was still faster at one half on the processor of the measurements."""
 
 
 class _Arguments(ctypes.Structure):
