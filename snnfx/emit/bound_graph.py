@@ -414,6 +414,7 @@ class _Binder:
 
     def _read_bits(self, reader: SpikeReader, x: str, y: str, before: int) -> None:
         """Let a reader compute `y`, and the lines from `before` on only where it does not."""
+        self.called[id(reader.layer)] = reader.layer
         name, lines = self._constant(reader), self.lines[before:]
         self.lines[before:] = [
             f"{y} = {name}({x}) if type({x}) is SpikeBits else None",

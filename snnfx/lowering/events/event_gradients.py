@@ -6,12 +6,13 @@ input has no zeros to skip. Where a gradient is itself differentiated or batched
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from snnfx.lowering.events.event_kernel import product, weight_gradient
+from snnfx.lowering.events.event_kernel import weight_gradient
 from snnfx.lowering.events.geometry import Geometry
 from snnfx.lowering.events.packed_weights import unpack
 from snnfx.sandbox.torch_internals import are_transforms_active, dispatch_mode_count, is_batched_by_autograd
@@ -20,16 +21,21 @@ __all__ = ["differentiable_product"]
 
 
 def differentiable_product(
-    x: Tensor, weight: Tensor, bias: Tensor | None, tiles: Tensor, geometry: Geometry, gradient_by_events: bool
+    compute: Callable[[Tensor], Tensor],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    gradient_by_events: bool,
 ) -> Tensor:
     """The product by events, recorded by autograd.
 
     Args:
+        compute: computes the product of the input.
         x, weight, bias, geometry: the operands.
-        tiles: the packed weight.
         gradient_by_events: whether the gradient of the weight runs by events.
     """
-    y: Tensor = _EventProduct.apply(x, weight, bias, tiles, geometry, gradient_by_events)
+    y: Tensor = _EventProduct.apply(compute, x, weight, bias, geometry, gradient_by_events)
     return y
 
 
@@ -37,22 +43,21 @@ class _EventProduct(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        compute: Callable[[Tensor], Tensor],
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        tiles: Tensor,
         geometry: Geometry,
         gradient_by_events: bool,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.geometry, ctx.by_events, ctx.has_bias = geometry, gradient_by_events, bias is not None
-        packed_bias = None if bias is None else bias.contiguous()
-        return product(x, geometry, weight.shape[0], tiles, packed_bias)
+        return compute(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, Tensor | None, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[1:4]
         by_events = ctx.by_events and needs_weight and _is_plain(grad) and _is_plain(x)
         grads = _dense_gradients(
             grad, x, weight, ctx.geometry, (needs_x, needs_weight and not by_events, needs_bias and ctx.has_bias)
@@ -61,7 +66,7 @@ class _EventProduct(torch.autograd.Function):
         if by_events:
             packed = weight_gradient(x, ctx.geometry, weight.shape[0], grad)
             grad_weight = unpack(packed, weight.shape, ctx.geometry.groups)
-        return grad_x, grad_weight, grad_bias, None, None, None
+        return None, grad_x, grad_weight, grad_bias, None, None
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,8 +22,8 @@ from snnfx.lowering.aten_recording import LoweringRefused
 from snnfx.lowering.elementwise.cpp.build import find_compiler
 from snnfx.lowering.events.crossovers import crossover
 from snnfx.lowering.events.event_kernel import build, fits_lists
+from snnfx.lowering.events.few_rows import build_few_rows, has_few_rows
 from snnfx.lowering.events.geometry import LINEAR, Geometry, convolution
-from snnfx.lowering.events.packed_weights import PackedWeight
 from snnfx.sandbox.torch_internals import (
     are_transforms_active,
     dispatch_mode_count,
@@ -40,7 +40,7 @@ __all__ = [
     "PLAIN",
     "Decision",
     "crossover_of",
-    "decision_for",
+    "decision_of",
     "geometry_of_layer",
     "geometry_of_settings",
     "has_kernel",
@@ -49,7 +49,6 @@ __all__ = [
     "is_supported",
     "latest_decision",
     "positions_of",
-    "remember",
 ]
 
 LAYERS: dict[type[nn.Module], Callable[..., Tensor]] = {
@@ -75,9 +74,9 @@ _CALIBRATION_WORK = 1 << 29
 PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Decision:
-    """How the latest call of a layer ran.
+    """How the latest call of a layer ran; each weight has one, which each call updates.
 
     Args:
         by_events: whether it visited only the inputs that are not zero.
@@ -91,6 +90,10 @@ class Decision:
     crossover: float | None
     is_finite: bool = True
 
+    def update(self, by_events: bool, density: float, crossover: float | None, is_finite: bool = True) -> None:
+        """Record a call."""
+        self.by_events, self.density, self.crossover, self.is_finite = by_events, density, crossover, is_finite
+
 
 _decisions: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """By the layer's weight."""
@@ -98,18 +101,16 @@ _decisions: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 def latest_decision(weight: Tensor) -> Decision | None:
     """How the latest call with a weight ran; None if there was none, or it was too small for a decision."""
-    return _decisions.get(weight)  # type: ignore[no-any-return]
+    found: Decision | None = _decisions.get(weight)
+    return None if found is None else replace(found)
 
 
-def remember(owner: Tensor, decision: Decision) -> None:
-    """Keep how a call of a layer ran, by its weight."""
-    _decisions[owner] = decision
-
-
-def decision_for(packed: PackedWeight | None, density: float, crossover: float) -> Decision:
-    """The decision of a call; its weight is packed if the density is below the crossover."""
-    is_finite = packed is None or packed.is_finite
-    return Decision(packed is not None and is_finite, density, crossover, is_finite)
+def decision_of(weight: Tensor) -> Decision:
+    """The decision that calls with a weight update."""
+    found: Decision | None = _decisions.get(weight)
+    if found is None:
+        found = _decisions[weight] = Decision(False, 0.0, None)
+    return found
 
 
 def is_plain_call(layer: Any) -> bool:
@@ -154,6 +155,7 @@ def crossover_of(
 ) -> float:
     """The crossover for the shape of a call; batches whose sizes have the same number of bits share one."""
     batch = x.shape[0] if geometry.dims else math.prod(x.shape[:-1])
+    way = "few rows" if geometry.dims == 0 and has_few_rows(batch, weight) else "packed"
     is_row_major = x.is_contiguous()
     key = (
         geometry,
@@ -162,6 +164,7 @@ def crossover_of(
         batch.bit_length(),
         x.dtype,
         is_row_major,
+        way,
     )
     part = max(1, min(batch, batch * _CALIBRATION_WORK // work))
     example = x.reshape(batch, x.shape[-1])[:part] if geometry.dims == 0 else x[:part]
@@ -219,6 +222,7 @@ def has_kernel(itemsize: int) -> bool:
     if key not in _built:
         try:
             build(itemsize)
+            build_few_rows(itemsize)
             _built[key] = True
         except LoweringRefused as reason:
             _built[key] = False

@@ -13,6 +13,7 @@ from torch.nn import functional
 import snnfx
 from snnfx.lowering.events import crossovers
 from snnfx.lowering.events.event_gradients import differentiable_product
+from snnfx.lowering.events.event_kernel import product
 from snnfx.lowering.events.geometry import LINEAR, convolution
 from snnfx.lowering.events.layer_decisions import Decision, latest_decision
 from snnfx.lowering.events.packed_weights import pack
@@ -182,7 +183,10 @@ def test_second_and_batched_gradients_are_exact(dims: int) -> None:
     assert geometry is not None
 
     def function(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return differentiable_product(x, weight, bias, pack(weight.detach(), 1), geometry, gradient_by_events=True)
+        tiles = pack(weight.detach(), 1)
+        return differentiable_product(
+            lambda x: product(x, geometry, 9, tiles, bias.detach()), x, weight, bias, geometry, gradient_by_events=True
+        )
 
     assert torch.autograd.gradcheck(function, (x, weight, bias), check_batched_grad=True)
     assert torch.autograd.gradgradcheck(function, (x, weight, bias))
