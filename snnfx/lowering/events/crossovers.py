@@ -22,7 +22,7 @@ __all__ = ["FIXED", "REMEMBERED", "crossover"]
 FIXED = 0.15
 """The crossover of calls that must not be measured."""
 
-_SPARSE, _DENSER, _HIGHEST = 0.05, 0.3, 0.6
+_SPARSE, _DENSER, _HIGHEST = 0.05, 0.3, 0.9
 _MARGIN = 0.95
 """The part of the dense time that the kernel may take at the crossover."""
 
