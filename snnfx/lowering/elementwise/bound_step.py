@@ -158,15 +158,17 @@ class BoundStep:
         inputs, constants = saved[: len(plan.inputs)], saved[len(plan.inputs) : len(saved) - count]
         kept = saved[len(saved) - count :]
         operands = self._operands(training.backward, constants) if constants else []
-        given = [*inputs, *kept, *[g for g in grads if g is not None], *operands]
+        given = [*inputs, *kept, *[g for g in grads if g is not None]]
         key = tuple([None if g is None else (g.stride(), g.dtype) for g in grads])
         try:
             launch = self.backwards[key]
         except KeyError:
             launch = self.backwards[key] = self._bound_backward(grads, operands)
-        if launch is None or not (launch.fits(*given[: len(given) - len(operands)]) and launch.fits_operands(*operands)):
+        if launch is None or not (
+            launch.fits(*given[: len(given) - len(operands)]) and launch.fits_operands(*operands)
+        ):
             return self._unbound_backward(inputs, constants, kept, grads)
-        made = launch.launch(*given)
+        made = launch.launch(*given, *operands)
         grad_x: list[Tensor | None] = [None] * len(self.inputs)
         for index, gradient in zip(training.wanted.sequences, made, strict=False):
             grad_x[index] = gradient

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from snnfx.lowering.events.event_gradients import differentiable_product
+from snnfx.lowering.events.event_gradients import Gradients, differentiable_product
 from snnfx.lowering.events.event_kernel import estimate_density, product
 from snnfx.lowering.events.few_rows import has_few_rows, product_of_few_rows
+from snnfx.lowering.events.few_rows_gradients import choose_gradients
 from snnfx.lowering.events.geometry import LINEAR, Geometry
 from snnfx.lowering.events.layer_decisions import (
     DENSE,
@@ -25,6 +26,7 @@ from snnfx.lowering.events.layer_decisions import (
     decision_of,
     geometry_of_layer,
     geometry_of_settings,
+    gradient_crossover_of,
     has_kernel,
     is_plain_call,
     is_plain_mode,
@@ -39,9 +41,6 @@ __all__ = ["FUNCTIONS", "call_layer_by_events", "call_normed_layer_by_events"]
 
 _LEAST_TRAINED_POSITIONS = 1024
 """Output pixels from which on packing the weight at each step of an optimizer costs little, in training."""
-
-_GRADIENT_PART = 0.75
-"""The crossover of the gradient of the weight, as a part of that of the forward pass."""
 
 
 def call_layer_by_events(layer: Any, x: Any) -> Any:
@@ -181,14 +180,14 @@ def _product(
         return None
     if not differentiates:
         return product(x, geometry, outputs, packed.tiles, packed_bias)
-    return differentiable_product(
-        lambda x: product(x, geometry, outputs, packed.tiles, packed_bias),
-        x,
-        weight,
-        bias,
-        geometry,
-        density < _GRADIENT_PART * limit,
-    )
+    gradients = Gradients.DENSE
+    if weight.requires_grad and density < gradient_crossover_of(x, weight, geometry, work):
+        gradients = Gradients.WEIGHT_BY_EVENTS
+
+    def compute(x: Tensor) -> Tensor:
+        return product(x, geometry, outputs, packed.tiles, packed_bias)
+
+    return differentiable_product(compute, x, weight, bias, geometry, gradients)
 
 
 def _in_place(
@@ -198,4 +197,7 @@ def _in_place(
     if not differentiates:
         return product_of_few_rows(x, weight, packed_bias)
     y = product_of_few_rows(x.detach(), weight.detach(), packed_bias)
-    return None if y is None else differentiable_product(lambda _: y, x, weight, bias, LINEAR, False)
+    if y is None:
+        return None
+    gradients = Gradients.FEW_ROWS if choose_gradients(x.numel() // x.shape[-1], weight) else Gradients.DENSE
+    return differentiable_product(lambda _: y, x, weight, bias, LINEAR, gradients)

@@ -21,8 +21,10 @@ from snnfx.errors import warn_once
 from snnfx.lowering.aten_recording import LoweringRefused
 from snnfx.lowering.elementwise.cpp.build import find_compiler
 from snnfx.lowering.events.crossovers import crossover
+from snnfx.lowering.events.event_gradients import dense_gradient, gradient_by_events
 from snnfx.lowering.events.event_kernel import build, fits_lists
 from snnfx.lowering.events.few_rows import build_few_rows, has_few_rows
+from snnfx.lowering.events.few_rows_gradients import build_gradients
 from snnfx.lowering.events.geometry import LINEAR, Geometry, convolution
 from snnfx.sandbox.torch_internals import (
     are_transforms_active,
@@ -43,6 +45,7 @@ __all__ = [
     "decision_of",
     "geometry_of_layer",
     "geometry_of_settings",
+    "gradient_crossover_of",
     "has_kernel",
     "is_plain_call",
     "is_plain_mode",
@@ -151,24 +154,54 @@ def crossover_of(
     geometry: Geometry,
     work: int,
     dense: Callable[[Tensor], Tensor],
-    events: Callable[[Tensor], Tensor],
+    events: Callable[[Tensor], Tensor | None],
 ) -> float:
     """The crossover for the shape of a call; batches whose sizes have the same number of bits share one."""
+    return crossover(*_example(x, weight, geometry, work), dense, events)
+
+
+def gradient_crossover_of(x: Tensor, weight: Tensor, geometry: Geometry, work: int) -> float:
+    """The crossover of the gradient of the weight."""
+    key, example = _example(x.detach(), weight, geometry, work)
+    weight = weight.detach()
+
+    def grad_of(x: Tensor) -> Tensor:
+        if geometry.dims == 0:
+            return torch.ones(*x.shape[:-1], weight.shape[0], dtype=x.dtype, device="cpu")
+        out = geometry.output_size(geometry.size_of(x.shape))[3 - geometry.dims :]
+        ones = torch.ones(x.shape[0], *out, weight.shape[0], dtype=x.dtype, device="cpu").movedim(-1, 1)
+        return ones.contiguous() if x.is_contiguous() else ones
+
+    grads: list[Tensor] = []  # made only if the crossover is measured
+
+    def grad(x: Tensor) -> Tensor:
+        if not grads:
+            grads.append(grad_of(x))
+        return grads[0]
+
+    return crossover(
+        (*key, "gradient"),
+        example,
+        lambda x: dense_gradient(grad(x), x, weight, geometry),
+        lambda x: gradient_by_events(grad(x), x, weight, geometry),
+    )
+
+
+def _example(x: Tensor, weight: Tensor, geometry: Geometry, work: int) -> tuple[tuple[object, ...], Tensor]:
+    """The key of the crossover of a call, and a part of its input for a measurement."""
     batch = x.shape[0] if geometry.dims else math.prod(x.shape[:-1])
     way = "few rows" if geometry.dims == 0 and has_few_rows(batch, weight) else "packed"
-    is_row_major = x.is_contiguous()
     key = (
         geometry,
         tuple(weight.shape),
         geometry.dims and tuple(x.shape[2:]),
         batch.bit_length(),
         x.dtype,
-        is_row_major,
+        x.is_contiguous(),
         way,
     )
     part = max(1, min(batch, batch * _CALIBRATION_WORK // work))
-    example = x.reshape(batch, x.shape[-1])[:part] if geometry.dims == 0 else x[:part]
-    return crossover(key, example, dense, events)
+    return key, x.reshape(batch, x.shape[-1])[:part] if geometry.dims == 0 else x[:part]
 
 
 def is_supported(
@@ -223,6 +256,7 @@ def has_kernel(itemsize: int) -> bool:
         try:
             build(itemsize)
             build_few_rows(itemsize)
+            build_gradients(itemsize)
             _built[key] = True
         except LoweringRefused as reason:
             _built[key] = False
