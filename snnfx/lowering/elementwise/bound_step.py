@@ -164,9 +164,7 @@ class BoundStep:
             launch = self.backwards[key]
         except KeyError:
             launch = self.backwards[key] = self._bound_backward(grads, operands)
-        if launch is None or not (
-            launch.fits(*given[: len(given) - len(operands)]) and launch.fits_operands(*operands)
-        ):
+        if launch is None or not (launch.fits(*given) and launch.fits_operands(*operands)):
             return self._unbound_backward(inputs, constants, kept, grads)
         made = launch.launch(*given, *operands)
         grad_x: list[Tensor | None] = [None] * len(self.inputs)
