@@ -50,18 +50,21 @@ class SpikeReader:
     def __init__(self, layer: nn.Module, pools: Sequence[nn.Module], flattens: bool) -> None:
         self.layer, self.pools, self.flattens = layer, tuple(pools), flattens
         self.runs_by_events = False
-        self._refuses = False
+        self.is_idle = False
+        """Whether the layer always runs densely: its calls are too small, or the bits have no form that it reads."""
         self._reading: _Reading | None = None
 
     def observe(self) -> None:
         """Note how the latest call of the layer on numbers ran."""
-        decision = latest_decision(self.layer.weight)  # type: ignore[arg-type]
-        self.runs_by_events = decision is not None and decision.by_events and not self._refuses
+        if not self.is_idle:
+            decision = latest_decision(self.layer.weight)  # type: ignore[arg-type]
+            self.runs_by_events = decision is not None and decision.by_events
+            self.is_idle = decision is None
 
     def __call__(self, spikes: SpikeBits) -> Tensor | None:
         """`[T * N, *]`, the output of the layer; None if it has to run densely."""
         y = self._product(spikes)
-        self.runs_by_events = y is not None
+        self.runs_by_events = y is not None and not self.is_idle
         return y
 
     def _product(self, spikes: SpikeBits) -> Tensor | None:
@@ -111,12 +114,15 @@ class SpikeReader:
             spikes = operation(spikes)
         is_read = len(operations) == len(self.pools) + self.flattens
         if geometry is None or not is_read or not _fits(spikes, geometry):
-            self._refuses = True
+            self.is_idle = True
             return None
         shape = (spikes.shape[0] * spikes.shape[1], *spikes.shape[2:])
         positions = positions_of(shape, geometry)
         work = positions * weight.numel()
-        if not is_supported(shape, spikes.dtype, weight, bias, geometry) or work < LEAST_WORK:
+        if work < LEAST_WORK:  # another call with the weight was larger
+            self.is_idle = True
+            return None
+        if not is_supported(shape, spikes.dtype, weight, bias, geometry):
             return None
         if not has_kernel(spikes.dtype.itemsize):
             return None
