@@ -94,8 +94,8 @@ class _Binder:
         """The expression that reads an attribute."""
         self.conditions: list[str] = []
         self.neurons: list[nn.Module] = []
-        self.reads: dict[str, str] = {}
-        self.path_lines: list[str] = []
+        self.owners: dict[int, nn.Module] = {}
+        """The modules on the paths of attributes."""
         self.called: dict[int, nn.Module] = {}
         self.hooks: list[Any] = []
         self.count = 0
@@ -127,8 +127,9 @@ class _Binder:
             return None
         settings.append(f"not any({self._constant(self.hooks)})")
         run = "\n    ".join([f"def forward({', '.join(parameters)}):", *self.lines])
-        checks = " and ".join([*self.conditions, *settings]) or "True"
-        valid = "\n    ".join(["def forward():", *self.path_lines, f"return {checks}"])
+        paths = [condition for owner in self.owners.values() for condition in self._same_children(owner)]
+        checks = " and ".join([*paths, *self.conditions, *settings]) or "True"
+        valid = f"def forward():\n    return {checks}"
         return BoundGraph(
             function_from_source(run + "\n", self.constants), function_from_source(valid + "\n", self.constants)
         )
@@ -325,12 +326,11 @@ class _Binder:
 
     def _read_attribute(self, node: Node) -> None:
         *path, name = str(node.target).split(".")
-        owner, text = self.root, self._constant(self.root)
-        for length, atom in enumerate(path):
-            owner, text = self._child(owner, text, atom, ".".join(path[: length + 1]))
+        owner = self.root
+        for atom in path:
+            owner = self._child(owner, atom)
         if isinstance(owner, nn.Module) and (name in owner._modules or name == SELF_TARGET):
-            module, text = self._child(owner, text, name, str(node.target))
-            self.modules[node] = module
+            self.modules[node] = module = self._child(owner, name)
             self.values[node] = self._constant(module)
         else:
             value = getattr(owner, name)
@@ -340,16 +340,22 @@ class _Binder:
             self.attributes[node] = read
             self._assign(node, read)
 
-    def _child(self, owner: Any, text: str, name: str, path: str) -> tuple[Any, str]:
-        """A child of a module, and a variable of `is_valid` with the child at the time of the call."""
-        if path in self.reads:
-            return getattr(owner, name), self.reads[path]
-        child = getattr(owner, name)
-        variable = self.reads[path] = f"p{len(self.reads)}"
-        registry = "" if name == SELF_TARGET else "['_modules']"
-        self.path_lines.append(f"{variable} = {text}.__dict__{registry}.get({name!r})")
-        self.path_lines.append(f"if {variable} is not {self._constant(child)}: return False")
-        return child, variable
+    def _child(self, owner: nn.Module, name: str) -> nn.Module:
+        """A child of a module, which stays the same as long as `is_valid` holds."""
+        child: nn.Module = getattr(owner, name)
+        if name == SELF_TARGET:
+            self.conditions.append(f"{self._constant(vars(owner))}.get({name!r}) is {self._constant(child)}")
+        else:
+            self.owners[id(owner)] = owner
+        return child
+
+    def _same_children(self, owner: nn.Module) -> tuple[str, str]:
+        """Conditions that a module has the same children."""
+        children = self._constant(owner._modules)
+        return (
+            f"{self._constant(vars(owner))}['_modules'] is {children}",
+            f"[*{children}.values()] == {self._constant([*owner._modules.values()])}",
+        )
 
     def _is_plain_loop(self, node: Node) -> bool:
         loop = self.modules.get(node.args[1])  # type: ignore[arg-type]
@@ -414,13 +420,17 @@ class _Binder:
 
     def _read_bits(self, reader: SpikeReader, x: str, y: str, before: int) -> None:
         """Let a reader compute `y`, and the lines from `before` on only where it does not."""
+        self.called[id(reader.layer)] = reader.layer
         name, lines = self._constant(reader), self.lines[before:]
+        if type(reader.layer) is nn.Linear and not reader.pools and not reader.flattens:
+            folded, call = lines[0].split(" = ", 1)[0], lines[1].removeprefix(f"{y} = ")
+            lines[1] = f"{y} = {self._linear(reader.layer, folded)} if {name}.is_idle else {call}"
         self.lines[before:] = [
             f"{y} = {name}({x}) if type({x}) is SpikeBits else None",
             f"if {y} is None:",
             f"    if type({x}) is SpikeBits: {x} = {x}.numbers()",
             *("    " + line for line in lines),
-            f"    {name}.observe()",
+            f"    if not {name}.is_idle: {name}.observe()",
         ]
 
     def _guard_flattens(self, fold: Node) -> None:

@@ -1,4 +1,4 @@
-"""The C++ source that lists the elements of a row that are not zero, for products that visit only these."""
+"""The C++ source that finds the elements of a row that are not zero, for products that visit only these."""
 
 from __future__ import annotations
 
@@ -65,6 +65,19 @@ INLINE u64 bits_of(const real *x, i64 n, bool &others) {
   }
   others |= active != ones;
   return active;
+}
+
+// The fraction of bits that are set, in at most 256 words at scattered places, the same ones at each call.
+INLINE double density_of(const u64 *bits, i64 words) {
+  const i64 sampled = words < 256 ? words : 256;
+  i64 active = 0;
+  u64 state = 0x9e3779b97f4a7c15ull;
+  for (i64 k = 0; k < sampled; k++) {
+    state = state * 6364136223846793005ull + 1442695040888963407ull;
+    const i64 first = words * k / sampled, last = words * (k + 1) / sampled;
+    active += __builtin_popcountll(bits[first + (i64)((state >> 33) % (u64)(last - first))]);
+  }
+  return sampled ? (double)active / (64.0 * sampled) : 0.0;
 }
 
 // Append the numbers of the bits of a word, plus `base`, to a list; writes up to 64 entries behind its end.

@@ -6,6 +6,7 @@ only check that their tensors have the same layout.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -85,6 +86,9 @@ class BoundStep:
         self.constants = len(read)
         operands = self._operands(self.source, read)
         self.reads = len(operands)
+        self._operands_are_views = all(call.name == "view" for call in lowered.step.prologue.calls)
+        self._kept_views: tuple[Sequence[Tensor], list[Any], list[Tensor]] | None = None
+        """Constants, where they lie, and the operands that are views of them."""
         self.forward = self._bound(
             self.source, {**self.inputs, **self._operand_forms(self.source, operands)}, made, unread
         )
@@ -130,8 +134,10 @@ class BoundStep:
         if self.with_grad and [x.requires_grad for x in (*x_seq, *given)] != self.requires_grad:
             return None
         constants = self.fetch(constants) if self.constants else []
-        operands = self._operands(self.source, constants) if self.reads else []
-        if not bound.fits(*x_seq, *operands):
+        if not bound.fits(*x_seq):
+            return None
+        operands = self._operands_that_fit(bound, constants) if self.reads else []
+        if operands is None:
             return None
         if self.needs is None:
             made = bound.launch(*x_seq, *operands)
@@ -152,15 +158,15 @@ class BoundStep:
         inputs, constants = saved[: len(plan.inputs)], saved[len(plan.inputs) : len(saved) - count]
         kept = saved[len(saved) - count :]
         operands = self._operands(training.backward, constants) if constants else []
-        given = [*inputs, *kept, *[g for g in grads if g is not None], *operands]
+        given = [*inputs, *kept, *[g for g in grads if g is not None]]
         key = tuple([None if g is None else (g.stride(), g.dtype) for g in grads])
         try:
             launch = self.backwards[key]
         except KeyError:
             launch = self.backwards[key] = self._bound_backward(grads, operands)
-        if launch is None or not launch.fits(*given):
+        if launch is None or not (launch.fits(*given) and launch.fits_operands(*operands)):
             return self._unbound_backward(inputs, constants, kept, grads)
-        made = launch.launch(*given)
+        made = launch.launch(*given, *operands)
         grad_x: list[Tensor | None] = [None] * len(self.inputs)
         for index, gradient in zip(training.wanted.sequences, made, strict=False):
             grad_x[index] = gradient
@@ -238,6 +244,20 @@ class BoundStep:
     def _state(self, dtype: torch.dtype) -> Form:
         shape, order, _ = self.step
         return Form(shape, dense_strides(shape, order), dtype)
+
+    def _operands_that_fit(self, bound: BoundLaunch, constants: Sequence[Tensor]) -> Sequence[Tensor] | None:
+        """The operands of the forward kernel; None if they have another layout than it was bound to."""
+        kept, places = self._kept_views, None
+        if self._operands_are_views:
+            places = [(c.data_ptr(), c.shape, c.stride()) for c in constants]
+            if kept is not None and kept[1] == places and all(map(operator.is_, kept[0], constants)):
+                return kept[2]
+        operands = self._operands(self.source, constants)
+        if not bound.fits_operands(*operands):
+            return None
+        if places is not None:
+            self._kept_views = constants, places, operands
+        return operands
 
     def _operands(self, source: Any, constants: Sequence[Tensor]) -> list[Tensor]:
         """The operands of a kernel that do not change with time, in the order of its slots."""

@@ -22,7 +22,7 @@ __all__ = ["FIXED", "REMEMBERED", "crossover"]
 FIXED = 0.15
 """The crossover of calls that must not be measured."""
 
-_SPARSE, _DENSER, _HIGHEST = 0.05, 0.3, 0.6
+_SPARSE, _DENSER, _HIGHEST = 0.05, 0.3, 0.9
 _MARGIN = 0.95
 """The part of the dense time that the kernel may take at the crossover."""
 
@@ -39,7 +39,7 @@ REMEMBERED: Remembered[float] = Remembered(
 
 
 def crossover(
-    key: tuple[object, ...], x: Tensor, dense: Callable[[Tensor], Tensor], events: Callable[[Tensor], Tensor]
+    key: tuple[object, ...], x: Tensor, dense: Callable[[Tensor], Tensor], events: Callable[[Tensor], Tensor | None]
 ) -> float:
     """The crossover of a shape; measured if it is unknown.
 
@@ -58,7 +58,7 @@ def crossover(
 
 
 @torch.no_grad()
-def _measure(x: Tensor, dense: Callable[[Tensor], Tensor], events: Callable[[Tensor], Tensor]) -> float:
+def _measure(x: Tensor, dense: Callable[[Tensor], Tensor], events: Callable[[Tensor], Tensor | None]) -> float:
     generator = torch.Generator().manual_seed(0)  # leaves the global generator alone
     drawn = torch.empty_like(x).uniform_(generator=generator)
     sparse, denser = ((drawn < density).to(x.dtype) for density in (_SPARSE, _DENSER))

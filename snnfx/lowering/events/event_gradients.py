@@ -1,35 +1,53 @@
 """A product by events with gradients: that of the weight by events as well, that of the input densely.
 
+The rows of a linear layer may be so few that one pass over the weight is the fastest way for both gradients.
+
 The gradient of the weight adds, for each active input, the gradient of the outputs to one row. The gradient of the
 input has no zeros to skip. Where a gradient is itself differentiated or batched, all gradients are dense.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from snnfx.lowering.events.event_kernel import product, weight_gradient
+from snnfx.lowering.events.event_kernel import weight_gradient
+from snnfx.lowering.events.few_rows_gradients import gradient_of_input, gradient_of_weight
 from snnfx.lowering.events.geometry import Geometry
 from snnfx.lowering.events.packed_weights import unpack
 from snnfx.sandbox.torch_internals import are_transforms_active, dispatch_mode_count, is_batched_by_autograd
 
-__all__ = ["differentiable_product"]
+__all__ = ["Gradients", "dense_gradient", "differentiable_product", "gradient_by_events"]
+
+
+class Gradients(Enum):
+    """How the gradients of a product run."""
+
+    DENSE = "both by torch"
+    WEIGHT_BY_EVENTS = "that of the weight by events, that of the input by torch"
+    FEW_ROWS = "both by one pass over the weight, see `snnfx.lowering.events.few_rows_gradients`"
 
 
 def differentiable_product(
-    x: Tensor, weight: Tensor, bias: Tensor | None, tiles: Tensor, geometry: Geometry, gradient_by_events: bool
+    compute: Callable[[Tensor], Tensor],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    gradients: Gradients,
 ) -> Tensor:
     """The product by events, recorded by autograd.
 
     Args:
+        compute: computes the product of the input.
         x, weight, bias, geometry: the operands.
-        tiles: the packed weight.
-        gradient_by_events: whether the gradient of the weight runs by events.
+        gradients: how the gradients run, unless they are themselves differentiated or batched.
     """
-    y: Tensor = _EventProduct.apply(x, weight, bias, tiles, geometry, gradient_by_events)
+    y: Tensor = _EventProduct.apply(compute, x, weight, bias, geometry, gradients)
     return y
 
 
@@ -37,31 +55,47 @@ class _EventProduct(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        compute: Callable[[Tensor], Tensor],
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        tiles: Tensor,
         geometry: Geometry,
-        gradient_by_events: bool,
+        gradients: Gradients,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.geometry, ctx.by_events, ctx.has_bias = geometry, gradient_by_events, bias is not None
-        packed_bias = None if bias is None else bias.contiguous()
-        return product(x, geometry, weight.shape[0], tiles, packed_bias)
+        ctx.geometry, ctx.gradients, ctx.has_bias = geometry, gradients, bias is not None
+        return compute(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, Tensor | None, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        by_events = ctx.by_events and needs_weight and _is_plain(grad) and _is_plain(x)
-        grads = _dense_gradients(
-            grad, x, weight, ctx.geometry, (needs_x, needs_weight and not by_events, needs_bias and ctx.has_bias)
-        )
-        grad_x, grad_weight, grad_bias = grads
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[1:4]
+        needs_bias = needs_bias and ctx.has_bias
+        gradients = ctx.gradients if _is_plain(grad) and _is_plain(x) else Gradients.DENSE
+        if gradients is Gradients.FEW_ROWS:
+            outputs, inputs = weight.shape
+            rows = grad.reshape(-1, outputs).contiguous()
+            grad_x = gradient_of_input(rows, weight).view(x.shape) if needs_x else None
+            grad_weight = gradient_of_weight(rows, x.reshape(-1, inputs).contiguous()) if needs_weight else None
+            return None, grad_x, grad_weight, rows.sum(0) if needs_bias else None, None, None
+        by_events = gradients is Gradients.WEIGHT_BY_EVENTS and needs_weight
+        needs = needs_x, needs_weight and not by_events, needs_bias
+        grad_x, grad_weight, grad_bias = _dense_gradients(grad, x, weight, ctx.geometry, needs)
         if by_events:
-            packed = weight_gradient(x, ctx.geometry, weight.shape[0], grad)
-            grad_weight = unpack(packed, weight.shape, ctx.geometry.groups)
-        return grad_x, grad_weight, grad_bias, None, None, None
+            grad_weight = gradient_by_events(grad, x, weight, ctx.geometry)
+        return None, grad_x, grad_weight, grad_bias, None, None
+
+
+def gradient_by_events(grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    """The gradient of a weight by events, from the gradient of the output."""
+    return unpack(weight_gradient(x, geometry, weight.shape[0], grad), weight.shape, geometry.groups)
+
+
+def dense_gradient(grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    """The gradient of a weight by torch, from the gradient of the output."""
+    gradient = _dense_gradients(grad, x, weight, geometry, (False, True, False))[1]
+    assert gradient is not None
+    return gradient
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Sequence
+from enum import IntEnum
 
 import torch
 from torch import Tensor
@@ -16,7 +17,16 @@ from snnfx.lowering.events.spike_bits import SpikeBits
 from snnfx.lowering.nonzero_lists import TILE_BYTES, VECTOR_BYTES
 from snnfx.ops.buffer_pool import pool
 
-__all__ = ["build", "checksum", "estimate_density", "fits_lists", "product", "product_of_bits", "weight_gradient"]
+__all__ = [
+    "ProductOfBits",
+    "Refusal",
+    "build",
+    "checksum",
+    "estimate_density",
+    "fits_lists",
+    "product",
+    "weight_gradient",
+]
 
 _UNITS_PER_THREAD = 4
 """Units of work for each thread, about, so that the load is balanced."""
@@ -31,7 +41,37 @@ _PARALLEL_BYTES = 1 << 19
 _BYTES_OF_PART = 1 << 19
 """Bytes of a gradient of the weight that each thread may have for itself: it stays in the L2 cache."""
 
-_GEOMETRY_WORDS = 24
+
+class Refusal(IntEnum):
+    """Why a kernel refused a call; its results are then undefined."""
+
+    NONE = 0
+    TOO_DENSE = 1
+    WEIGHT = 2
+
+
+_SHAPE = """
+    images depth height width channels groups out_depth out_height out_width
+    kernel_depth kernel_height kernel_width stride_depth stride_height stride_width
+    padding_depth padding_height padding_width dilation_depth dilation_height dilation_width
+    outputs band splits
+""".split()
+_Checksum = ctypes.c_int64 * CHECKSUM_PARTS
+
+
+class _Arguments(ctypes.Structure):
+    """The struct `Args` of the kernel."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("mode", "x", "weight", "bias", "y", *_SHAPE)),
+        *((name, ctypes.c_int64) for name in ("threads", "parallel", "next", "elements", "sampled", "active")),
+        *((name, ctypes.c_int64) for name in ("parts", "bits", "hashed", "bytes")),
+        ("limit", ctypes.c_double),
+        ("density", ctypes.c_double),
+        ("refusal", ctypes.c_int64),
+        ("checksum", _Checksum),
+        ("expected", _Checksum),
+    )
 
 
 def build(itemsize: int) -> None:
@@ -57,38 +97,71 @@ def fits_lists(geometry: Geometry, channels: int) -> bool:
 
 def estimate_density(x: Tensor) -> float:
     """The fraction of elements that are not zero, from a sample, of a tensor that fills its memory."""
-    words = _run(1, x, x.element_size(), elements=x.numel(), sampled=_LINES_SAMPLED, threads=1)
-    active, seen = words[_AFTER_GEOMETRY + 5], words[_AFTER_GEOMETRY + 4]
-    return active / seen if seen else 0.0
+    arguments = _Arguments(mode=1, x=x.data_ptr(), elements=x.numel(), sampled=_LINES_SAMPLED)
+    load(SOURCES[x.element_size()]).run(ctypes.byref(arguments))
+    return arguments.active / arguments.sampled if arguments.sampled else 0.0
 
 
 def checksum(weight: Tensor) -> bytes:
     """A hash of the memory of a tensor that fills it."""
-    threads = _threads() if weight.nbytes >= _PARALLEL_BYTES else 1
-    words = _run(2, weight, weight.element_size(), elements=weight.numel(), weight=weight, threads=threads)
-    return bytes(words)[-8 * CHECKSUM_PARTS :]
+    arguments = _Arguments(mode=2, hashed=weight.data_ptr(), bytes=weight.nbytes)
+    _run(arguments, weight.element_size(), _threads() if weight.nbytes >= _PARALLEL_BYTES else 1)
+    return bytes(arguments.checksum)
 
 
-def product_of_bits(spikes: SpikeBits, geometry: Geometry, outputs: int, packed: Tensor, bias: Tensor | None) -> Tensor:
-    """The product of spikes `[T, N, *]` with packed weights, `[T * N, *]`; images are returned channels-last.
+class ProductOfBits:
+    """The product of spikes `[T, N, *]` of one shape with packed weights, `[T * N, *]`; images are channels-last.
 
     Args:
-        spikes: `[T, N, C, *]`, channels-last with a multiple of 64 channels in each group; `[T, N, *, C]` in the order
-            of memory for a linear layer.
-        geometry, outputs, packed, bias: as for `product`.
+        spikes: an example: `[T, N, C, *]`, channels-last with a multiple of 64 channels in each group; `[T, N, *, C]`
+            in the order of memory for a linear layer.
+        geometry: the settings of the layer.
+        weight: the weight; `Refusal.WEIGHT` once its content has changed.
+        tiles, content: the packed weight, and the checksum of the weight that it was packed from.
     """
-    batch = spikes.shape[0] * spikes.shape[1]
-    if geometry.dims == 0:
-        lead = (batch, *spikes.shape[2:-1])
-        images, size, channels = 1, (1, math.prod(lead), 1), spikes.shape[-1]
-        shape: tuple[int, ...] = (*lead, outputs)
-    else:
-        d, h, w = (1,) * (3 - geometry.dims) + tuple(spikes.shape[3:])
-        images, size, channels = batch, (d, h, w), spikes.shape[2] // geometry.groups
-        shape = (images, *geometry.output_size(size)[3 - geometry.dims :], outputs)
-    y = pool.empty(shape, _row_major(shape), spikes.dtype)
-    _launch_product(None, spikes.words, geometry, images, size, channels, outputs, packed, bias, y)
-    return y if geometry.dims == 0 else y.movedim(-1, 1)
+
+    def __init__(self, spikes: SpikeBits, geometry: Geometry, weight: Tensor, tiles: Tensor, content: bytes) -> None:
+        outputs = weight.shape[0]
+        batch, self.dtype, self.is_image = spikes.shape[0] * spikes.shape[1], spikes.dtype, geometry.dims > 0
+        if self.is_image:
+            d, h, w = (1,) * (3 - geometry.dims) + tuple(spikes.shape[3:])
+            images, size, channels = batch, (d, h, w), spikes.shape[2] // geometry.groups
+            self.shape: tuple[int, ...] = (images, *geometry.output_size(size)[3 - geometry.dims :], outputs)
+        else:
+            lead = (batch, *spikes.shape[2:-1])
+            images, size, channels = 1, (1, math.prod(lead), 1), spikes.shape[-1]
+            self.shape = (*lead, outputs)
+        self.stride = _row_major(self.shape)
+        self.threads = _threads()
+        self._run = load(SOURCES[self.dtype.itemsize]).run
+        shape = _shape_of_product(geometry, images, size, channels, outputs, self.dtype.itemsize, self.threads)
+        self._arguments = _Arguments(
+            mode=4,
+            elements=spikes.words.numel(),
+            weight=tiles.data_ptr(),
+            hashed=weight.data_ptr(),
+            bytes=weight.nbytes,
+            expected=_Checksum.from_buffer_copy(content),
+            **shape,
+            **_parallel(self.threads),
+        )
+        self._tiles = tiles
+
+    def __call__(self, words: Tensor, bias: Tensor | None, limit: float) -> tuple[int, float, Tensor]:
+        """Why the call was refused, the density of the spikes, and the product.
+
+        Args:
+            words: the bits of the spikes.
+            bias: contiguous, or None.
+            limit: `Refusal.TOO_DENSE` if the density of the spikes is not lower.
+        """
+        y = pool.empty(self.shape, self.stride, self.dtype)
+        arguments = _Arguments.from_buffer_copy(self._arguments)
+        arguments.y, arguments.bits, arguments.limit = y.data_ptr(), words.data_ptr(), limit
+        if bias is not None:
+            arguments.bias = bias.data_ptr()
+        self._run(ctypes.byref(arguments))
+        return arguments.refusal, arguments.density, y.movedim(-1, 1) if self.is_image else y
 
 
 def product(x: Tensor, geometry: Geometry, outputs: int, packed: Tensor, bias: Tensor | None) -> Tensor:
@@ -114,29 +187,13 @@ def product(x: Tensor, geometry: Geometry, outputs: int, packed: Tensor, bias: T
         images, channels = x.shape[0], x.shape[1] // groups
         shape = (images, *out[3 - geometry.dims :], outputs)
         y, x = pool.empty(shape, _row_major(shape), x.dtype).movedim(-1, 1), last
-    _launch_product(x, None, geometry, images, size, channels, outputs, packed, bias, y)
+    threads, itemsize = _threads(), y.element_size()
+    shape_of_product = _shape_of_product(geometry, images, size, channels, outputs, itemsize, threads)
+    arguments = _Arguments(x=x.data_ptr(), weight=packed.data_ptr(), y=y.data_ptr(), **shape_of_product)
+    if bias is not None:
+        arguments.bias = bias.data_ptr()
+    _run(arguments, itemsize, threads)
     return y if keeps_format else y.contiguous()
-
-
-def _launch_product(
-    x: Tensor | None,
-    bits: Tensor | None,
-    geometry: Geometry,
-    images: int,
-    size: Triple,
-    channels: int,
-    outputs: int,
-    packed: Tensor,
-    bias: Tensor | None,
-    y: Tensor,
-) -> None:
-    """Run the kernel on an input of numbers or of bits."""
-    itemsize = y.element_size()
-    tiles = -(-(outputs // geometry.groups) // (TILE_BYTES // itemsize))
-    out, threads = geometry.output_size(size), _threads()
-    band, splits = _units(geometry, images, out[0] * out[1], tiles, threads)
-    shape = _shape(geometry, images, size, channels, outputs, band, splits)
-    _run(0, x, itemsize, weight=packed, bias=bias, y=y, shape=shape, threads=threads, bits=bits)
 
 
 def weight_gradient(x: Tensor, geometry: Geometry, outputs: int, grad: Tensor) -> Tensor:
@@ -164,45 +221,40 @@ def weight_gradient(x: Tensor, geometry: Geometry, outputs: int, grad: Tensor) -
         band, splits, parts = max(1, min(lines, _ROWS_OF_UNIT)), 1, threads
         partial = x.new_zeros((parts, elements))
     shape = _shape(geometry, images, size, channels, outputs, band, splits)
-    _run(3, x, x.element_size(), weight=grad, y=partial, shape=shape, threads=threads, parts=parts)
+    arguments = _Arguments(mode=3, x=x.data_ptr(), weight=grad.data_ptr(), y=partial.data_ptr(), parts=parts, **shape)
+    _run(arguments, x.element_size(), threads)
     return partial.sum(0) if len(partial) > 1 else partial[0]
 
 
 def _shape(
-    geometry: Geometry, images: int, size: Sequence[int], channels: int, outputs: int, band: int, splits: int
-) -> tuple[int, ...]:
-    """The words of the struct that describe a product."""
+    geometry: Geometry, images: int, size: Triple, channels: int, outputs: int, band: int, splits: int
+) -> dict[str, int]:
+    """The fields of the struct that describe a product."""
     settings = *geometry.kernel, *geometry.stride, *geometry.padding, *geometry.dilation
-    sizes = images, *size, channels, geometry.groups, *geometry.output_size((size[0], size[1], size[2]))
-    return *sizes, *settings, outputs // geometry.groups, band, splits
+    sizes = images, *size, channels, geometry.groups, *geometry.output_size(size)
+    return dict(zip(_SHAPE, (*sizes, *settings, outputs // geometry.groups, band, splits), strict=True))
 
 
-_AFTER_GEOMETRY = 5 + _GEOMETRY_WORDS
+def _shape_of_product(
+    geometry: Geometry, images: int, size: Triple, channels: int, outputs: int, itemsize: int, threads: int
+) -> dict[str, int]:
+    """The fields of the struct that describe a forward pass, divided among threads."""
+    tiles = -(-(outputs // geometry.groups) // (TILE_BYTES // itemsize))
+    out = geometry.output_size(size)
+    band, splits = _units(geometry, images, out[0] * out[1], tiles, threads)
+    return _shape(geometry, images, size, channels, outputs, band, splits)
 
 
-def _run(
-    mode: int,
-    x: Tensor | None,
-    itemsize: int,
-    *,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    y: Tensor | None = None,
-    shape: Sequence[int] = (0,) * _GEOMETRY_WORDS,
-    threads: int,
-    elements: int = 0,
-    sampled: int = 0,
-    parts: int = 0,
-    bits: Tensor | None = None,
-) -> ctypes.Array[ctypes.c_int64]:
-    """Run the kernel with the struct `Args` as 64-bit words; returns the words after the run."""
+def _parallel(threads: int) -> dict[str, int]:
+    """The fields of the struct for a number of threads."""
     runtime = openmp() if threads > 1 else None
-    addresses = [0 if t is None else t.data_ptr() for t in (x, weight, bias, y)]
-    words = (mode, *addresses, *shape, threads, runtime[0] if runtime else 0, 0, elements, sampled, 0)
-    words += (parts, 0 if bits is None else bits.data_ptr())
-    arguments = (ctypes.c_int64 * (len(words) + CHECKSUM_PARTS))(*words)
-    load(SOURCES[itemsize]).run(arguments)
-    return arguments
+    return {"threads": threads, "parallel": runtime[0] if runtime else 0}
+
+
+def _run(arguments: _Arguments, itemsize: int, threads: int) -> None:
+    for name, value in _parallel(threads).items():
+        setattr(arguments, name, value)
+    load(SOURCES[itemsize]).run(ctypes.byref(arguments))
 
 
 def _threads() -> int:

@@ -12,25 +12,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from snnfx.lowering.events.event_gradients import differentiable_product
+from snnfx.lowering.events.event_gradients import Gradients, differentiable_product
 from snnfx.lowering.events.event_kernel import estimate_density, product
+from snnfx.lowering.events.few_rows import has_few_rows, product_of_few_rows
+from snnfx.lowering.events.few_rows_gradients import choose_gradients
 from snnfx.lowering.events.geometry import LINEAR, Geometry
 from snnfx.lowering.events.layer_decisions import (
     DENSE,
     LAYERS,
     LEAST_WORK,
     PLAIN,
-    Decision,
     crossover_of,
-    decision_for,
+    decision_of,
     geometry_of_layer,
     geometry_of_settings,
+    gradient_crossover_of,
     has_kernel,
     is_plain_call,
     is_plain_mode,
     is_supported,
     positions_of,
-    remember,
 )
 from snnfx.lowering.events.packed_weights import packed_weight
 from snnfx.ops.folded_weights import call_layer
@@ -40,9 +41,6 @@ __all__ = ["FUNCTIONS", "call_layer_by_events", "call_normed_layer_by_events"]
 
 _LEAST_TRAINED_POSITIONS = 1024
 """Output pixels from which on packing the weight at each step of an optimizer costs little, in training."""
-
-_GRADIENT_PART = 0.75
-"""The crossover of the gradient of the weight, as a part of that of the forward pass."""
 
 
 def call_layer_by_events(layer: Any, x: Any) -> Any:
@@ -113,8 +111,8 @@ def _operands(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
 
 
 def _is_small(x: Tensor, weight: Tensor) -> bool:
-    """Whether a call surely has too little work: at most one multiplication of each input with each weight."""
-    return x.numel() * weight.numel() < LEAST_WORK
+    """Whether a call surely has too little work: at most one multiplication of each input by output and tap."""
+    return x.numel() * weight.numel() < LEAST_WORK * weight.shape[1]
 
 
 def _with_weight(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None, owner: Tensor) -> Tensor | None:
@@ -143,22 +141,21 @@ def _product(
     differentiates = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     outputs, groups = weight.shape[0], geometry.groups
     positions = positions_of(x.shape, geometry)
-    work = positions * weight.numel()
-    if (
-        work < LEAST_WORK
-        or (differentiates and positions < _LEAST_TRAINED_POSITIONS)
-        or not has_kernel(x.element_size())
-    ):
+    work, reads_in_place = positions * weight.numel(), geometry.dims == 0 and has_few_rows(positions, weight)
+    may_pack = not differentiates or positions >= _LEAST_TRAINED_POSITIONS
+    if work < LEAST_WORK or not (may_pack or reads_in_place) or not has_kernel(x.element_size()):
         return None
     if not torch.ops.aten.is_non_overlapping_and_dense(x):
         x = x.contiguous()
     density = estimate_density(x.detach())
     if density > DENSE:
-        remember(owner, Decision(False, density, None))
+        decision_of(owner).update(False, density, None)
         return None
     packed_bias = None if bias is None else bias.detach().contiguous()
 
-    def events(x: Tensor) -> Tensor:
+    def events(x: Tensor) -> Tensor | None:
+        if reads_in_place:
+            return product_of_few_rows(x, weight, packed_bias)
         return product(x, geometry, outputs, packed_weight(weight, groups).tiles, packed_bias)
 
     def dense(x: Tensor) -> Tensor:
@@ -170,10 +167,37 @@ def _product(
         )
 
     limit = crossover_of(x.detach(), weight, geometry, work, dense, events)
-    packed = packed_weight(weight, groups) if density < limit else None  # checks the content: once a call
-    remember(owner, decision_for(packed, density, limit))
-    if packed is None or not packed.is_finite:
+    if density >= limit:
+        decision_of(owner).update(False, density, limit)
+        return None
+    if reads_in_place:
+        y = _in_place(x, weight, bias, packed_bias, differentiates)
+        decision_of(owner).update(y is not None, density, limit, y is not None)
+        return y
+    packed = packed_weight(weight, groups)  # checks the content: once a call
+    decision_of(owner).update(packed.is_finite, density, limit, packed.is_finite)
+    if not packed.is_finite:
         return None
     if not differentiates:
         return product(x, geometry, outputs, packed.tiles, packed_bias)
-    return differentiable_product(x, weight, bias, packed.tiles, geometry, density < _GRADIENT_PART * limit)
+    gradients = Gradients.DENSE
+    if weight.requires_grad and density < gradient_crossover_of(x, weight, geometry, work):
+        gradients = Gradients.WEIGHT_BY_EVENTS
+
+    def compute(x: Tensor) -> Tensor:
+        return product(x, geometry, outputs, packed.tiles, packed_bias)
+
+    return differentiable_product(compute, x, weight, bias, geometry, gradients)
+
+
+def _in_place(
+    x: Tensor, weight: Tensor, bias: Tensor | None, packed_bias: Tensor | None, differentiates: bool
+) -> Tensor | None:
+    """The product of few rows with a weight that is not packed; None if the weight is not finite."""
+    if not differentiates:
+        return product_of_few_rows(x, weight, packed_bias)
+    y = product_of_few_rows(x.detach(), weight.detach(), packed_bias)
+    if y is None:
+        return None
+    gradients = Gradients.FEW_ROWS if choose_gradients(x.numel() // x.shape[-1], weight) else Gradients.DENSE
+    return differentiable_product(lambda _: y, x, weight, bias, LINEAR, gradients)

@@ -30,8 +30,9 @@ _TEXT = r"""
 constexpr i64 CHUNK = 128; // output pixels at a time
 
 struct Args {
-  i64 mode;                      // 0: the product, 1: estimate the density, 2: the checksum of the weight,
-                                 // 3: the gradient of the weight, from the gradient of the output in `weight` to `y`
+  i64 mode;                      // 0: the product, 1: estimate the density, 2: the checksum of `hashed`,
+                                 // 3: the gradient of the weight, from the gradient of the output in `weight` to `y`,
+                                 // 4: the product of bits, unless `refusal` says why not
   const real *x, *weight, *bias; // bias may be null
   real *y;
   i64 images, size[3], channels, groups, out[3], kernel[3], stride[3], padding[3], dilation[3], outputs;
@@ -42,7 +43,11 @@ struct Args {
   i64 elements, sampled, active; // of the estimate
   i64 parts;                     // of the gradient
   const u64 *bits;               // the input as bits, instead of x: a multiple of 64 channels in each group
-  i64 checksum[CHECKSUM_PARTS];
+  const char *hashed;            // the weight as it lies
+  i64 bytes;                     // of `hashed`
+  double limit, density;         // mode 4: the density of the bits has to be lower than the limit
+  i64 refusal;                   // 1: it is not, 2: the checksum has changed, so that `weight` is packed from another
+  i64 checksum[CHECKSUM_PARTS], expected[CHECKSUM_PARTS];
 };
 
 // Grows and is kept by its thread: a fresh large block of memory costs page faults at each call.
@@ -358,22 +363,41 @@ static u64 checksum(const char *data, i64 bytes) {
   return sum;
 }
 
+static void check_part(Args &a, i64 k) {
+  const i64 first = a.bytes / 256 * k / CHECKSUM_PARTS * 256;
+  const i64 last = k + 1 == CHECKSUM_PARTS ? a.bytes : a.bytes / 256 * (k + 1) / CHECKSUM_PARTS * 256;
+  a.checksum[k] = (i64)checksum(a.hashed + first, last - first);
+}
+
 static void check(void *p) {
   Args &a = *(Args *)p;
-  const i64 bytes = a.elements * (i64)sizeof(real);
-  for (i64 k; (k = a.next.fetch_add(1, std::memory_order_relaxed)) < CHECKSUM_PARTS;) {
-    const i64 first = bytes / 256 * k / CHECKSUM_PARTS * 256;
-    const i64 last = k + 1 == CHECKSUM_PARTS ? bytes : bytes / 256 * (k + 1) / CHECKSUM_PARTS * 256;
-    a.checksum[k] = (i64)checksum((const char *)a.weight + first, last - first);
-  }
+  for (i64 k; (k = a.next.fetch_add(1, std::memory_order_relaxed)) < CHECKSUM_PARTS;) check_part(a, k);
+}
+
+// Threads check the weight and compute the product at the same time: the product is valid if the weight is.
+static void check_and_work(void *p) {
+  Args &a = *(Args *)p;
+  const i64 lines = a.out[0] * a.out[1], units = a.images * ((lines + a.band - 1) / a.band) * a.splits;
+  for (i64 k; (k = a.next.fetch_add(1, std::memory_order_relaxed)) < CHECKSUM_PARTS + units;)
+    if (k < CHECKSUM_PARTS) check_part(a, k);
+    else unit(a, k - CHECKSUM_PARTS, nullptr);
 }
 
 extern "C" void run_part(Args *a, i64, i64) { work(a); }
 extern "C" void run(Args *a) {
-  void (*function)(void *) = a->mode == 2 ? check : a->mode == 3 ? differentiate : work;
-  if (a->mode == 1) estimate(*a);
-  else if (a->threads > 1) a->parallel(function, a, (unsigned)a->threads, 0);
+  if (a->mode == 1) return estimate(*a);
+  if (a->mode == 4) {
+    a->density = density_of(a->bits, a->elements);
+    if (!(a->density < a->limit)) {
+      a->refusal = 1;
+      return;
+    }
+  }
+  void (*functions[])(void *) = {work, nullptr, check, differentiate, check_and_work};
+  void (*function)(void *) = functions[a->mode];
+  if (a->threads > 1) a->parallel(function, a, (unsigned)a->threads, 0);
   else function(a);
+  if (a->mode == 4 && memcmp(a->checksum, a->expected, sizeof a->checksum)) a->refusal = 2;
 }
 """
 

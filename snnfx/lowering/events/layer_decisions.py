@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,9 +21,11 @@ from snnfx.errors import warn_once
 from snnfx.lowering.aten_recording import LoweringRefused
 from snnfx.lowering.elementwise.cpp.build import find_compiler
 from snnfx.lowering.events.crossovers import crossover
+from snnfx.lowering.events.event_gradients import dense_gradient, gradient_by_events
 from snnfx.lowering.events.event_kernel import build, fits_lists
+from snnfx.lowering.events.few_rows import build_few_rows, has_few_rows
+from snnfx.lowering.events.few_rows_gradients import build_gradients
 from snnfx.lowering.events.geometry import LINEAR, Geometry, convolution
-from snnfx.lowering.events.packed_weights import PackedWeight
 from snnfx.sandbox.torch_internals import (
     are_transforms_active,
     dispatch_mode_count,
@@ -40,16 +42,16 @@ __all__ = [
     "PLAIN",
     "Decision",
     "crossover_of",
-    "decision_for",
+    "decision_of",
     "geometry_of_layer",
     "geometry_of_settings",
+    "gradient_crossover_of",
     "has_kernel",
     "is_plain_call",
     "is_plain_mode",
     "is_supported",
     "latest_decision",
     "positions_of",
-    "remember",
 ]
 
 LAYERS: dict[type[nn.Module], Callable[..., Tensor]] = {
@@ -75,9 +77,9 @@ _CALIBRATION_WORK = 1 << 29
 PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Decision:
-    """How the latest call of a layer ran.
+    """How the latest call of a layer ran; each weight has one, which each call updates.
 
     Args:
         by_events: whether it visited only the inputs that are not zero.
@@ -91,6 +93,10 @@ class Decision:
     crossover: float | None
     is_finite: bool = True
 
+    def update(self, by_events: bool, density: float, crossover: float | None, is_finite: bool = True) -> None:
+        """Record a call."""
+        self.by_events, self.density, self.crossover, self.is_finite = by_events, density, crossover, is_finite
+
 
 _decisions: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """By the layer's weight."""
@@ -98,18 +104,16 @@ _decisions: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 def latest_decision(weight: Tensor) -> Decision | None:
     """How the latest call with a weight ran; None if there was none, or it was too small for a decision."""
-    return _decisions.get(weight)  # type: ignore[no-any-return]
+    found: Decision | None = _decisions.get(weight)
+    return None if found is None else replace(found)
 
 
-def remember(owner: Tensor, decision: Decision) -> None:
-    """Keep how a call of a layer ran, by its weight."""
-    _decisions[owner] = decision
-
-
-def decision_for(packed: PackedWeight | None, density: float, crossover: float) -> Decision:
-    """The decision of a call; its weight is packed if the density is below the crossover."""
-    is_finite = packed is None or packed.is_finite
-    return Decision(packed is not None and is_finite, density, crossover, is_finite)
+def decision_of(weight: Tensor) -> Decision:
+    """The decision that calls with a weight update."""
+    found: Decision | None = _decisions.get(weight)
+    if found is None:
+        found = _decisions[weight] = Decision(False, 0.0, None)
+    return found
 
 
 def is_plain_call(layer: Any) -> bool:
@@ -150,22 +154,54 @@ def crossover_of(
     geometry: Geometry,
     work: int,
     dense: Callable[[Tensor], Tensor],
-    events: Callable[[Tensor], Tensor],
+    events: Callable[[Tensor], Tensor | None],
 ) -> float:
     """The crossover for the shape of a call; batches whose sizes have the same number of bits share one."""
+    return crossover(*_example(x, weight, geometry, work), dense, events)
+
+
+def gradient_crossover_of(x: Tensor, weight: Tensor, geometry: Geometry, work: int) -> float:
+    """The crossover of the gradient of the weight."""
+    key, example = _example(x.detach(), weight, geometry, work)
+    weight = weight.detach()
+
+    def grad_of(x: Tensor) -> Tensor:
+        if geometry.dims == 0:
+            return torch.ones(*x.shape[:-1], weight.shape[0], dtype=x.dtype, device="cpu")
+        out = geometry.output_size(geometry.size_of(x.shape))[3 - geometry.dims :]
+        ones = torch.ones(x.shape[0], *out, weight.shape[0], dtype=x.dtype, device="cpu").movedim(-1, 1)
+        return ones.contiguous() if x.is_contiguous() else ones
+
+    grads: list[Tensor] = []  # made only if the crossover is measured
+
+    def grad(x: Tensor) -> Tensor:
+        if not grads:
+            grads.append(grad_of(x))
+        return grads[0]
+
+    return crossover(
+        (*key, "gradient"),
+        example,
+        lambda x: dense_gradient(grad(x), x, weight, geometry),
+        lambda x: gradient_by_events(grad(x), x, weight, geometry),
+    )
+
+
+def _example(x: Tensor, weight: Tensor, geometry: Geometry, work: int) -> tuple[tuple[object, ...], Tensor]:
+    """The key of the crossover of a call, and a part of its input for a measurement."""
     batch = x.shape[0] if geometry.dims else math.prod(x.shape[:-1])
-    is_row_major = x.is_contiguous()
+    way = "few rows" if geometry.dims == 0 and has_few_rows(batch, weight) else "packed"
     key = (
         geometry,
         tuple(weight.shape),
         geometry.dims and tuple(x.shape[2:]),
         batch.bit_length(),
         x.dtype,
-        is_row_major,
+        x.is_contiguous(),
+        way,
     )
     part = max(1, min(batch, batch * _CALIBRATION_WORK // work))
-    example = x.reshape(batch, x.shape[-1])[:part] if geometry.dims == 0 else x[:part]
-    return crossover(key, example, dense, events)
+    return key, x.reshape(batch, x.shape[-1])[:part] if geometry.dims == 0 else x[:part]
 
 
 def is_supported(
@@ -219,6 +255,8 @@ def has_kernel(itemsize: int) -> bool:
     if key not in _built:
         try:
             build(itemsize)
+            build_few_rows(itemsize)
+            build_gradients(itemsize)
             _built[key] = True
         except LoweringRefused as reason:
             _built[key] = False

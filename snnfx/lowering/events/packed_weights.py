@@ -19,7 +19,7 @@ from snnfx.lowering.events.event_kernel import checksum
 from snnfx.lowering.events.event_source import BLOCK_ROWS
 from snnfx.lowering.nonzero_lists import TILE_BYTES, VECTOR_BYTES
 
-__all__ = ["PackedWeight", "pack", "packed_weight", "unpack"]
+__all__ = ["PackedWeight", "pack", "packed_weight", "state_of", "unpack"]
 
 
 @dataclass
@@ -43,30 +43,27 @@ _packed: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """By the weight. Not stored in modules, so that it is not pickled or copied."""
 
 
-def packed_weight(weight: Tensor, groups: int, image: tuple[int, ...] | None = None) -> PackedWeight:
+def packed_weight(weight: Tensor, groups: int) -> PackedWeight:
     """The packed form of a weight that fills its memory.
 
     Args:
         weight: `[M, C / groups, *]`.
         groups: groups of channels.
-        image: `(C, *)`, for a linear layer whose inputs are flattened images that lie channels-last in memory.
     """
-    state, content = _state_of(weight, groups, image), checksum(weight)
+    state, content = (*state_of(weight), groups), checksum(weight)
     found: PackedWeight | None = _packed.get(weight)
     if found is None or found.state != state or found.content != content:
         with torch.inference_mode(False), torch.no_grad():
-            detached = weight.detach()
-            if image is not None:
-                detached = detached.unflatten(1, image).movedim(1, -1).flatten(1)
-            tiles = pack(detached, groups)
+            tiles = pack(weight.detach(), groups)
             found = PackedWeight(tiles, bool(torch.isfinite(tiles).all()), state, content)
         _packed[weight] = found
     return found
 
 
-def _state_of(weight: Tensor, groups: int, image: tuple[int, ...] | None) -> tuple[object, ...]:
+def state_of(weight: Tensor) -> tuple[object, ...]:
+    """Address, version and form of a weight; changes of the content may leave it as it is."""
     version = 0 if weight.is_inference() else weight._version
-    return weight.data_ptr(), version, weight.shape, weight.stride(), weight.dtype, groups, image
+    return weight.data_ptr(), version, weight.shape, weight.stride(), weight.dtype, weight.device
 
 
 def pack(weight: Tensor, groups: int) -> Tensor:

@@ -10,7 +10,6 @@ import ctypes
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from snnfx.lowering.elementwise.cpp.build import load, openmp
 from snnfx.lowering.elementwise.cpp.cpp_kernel import KernelSource
 from snnfx.ops.buffer_pool import pool
 
-__all__ = ["SpikeBits"]
+__all__ = ["Flattening", "MaxPooling", "Operation", "SpikeBits"]
 
 Pair = tuple[int, int]
 
@@ -51,63 +50,135 @@ class SpikeBits:
         rank = len(self.order)
         return rank > 2 and self.order == (0, *range(2, rank), 1)
 
-    @cached_property
-    def density(self) -> float:
-        """The fraction of spikes, from a sample."""
-        lines = self.words.numel()
-        words = _run(0, self.words, 8, counts=(lines, min(lines, _WORDS_SAMPLED)), threads=1)
-        return words[_RESULT] / (64 * min(lines, _WORDS_SAMPLED))
-
     def numbers(self) -> Tensor:
         """The spikes as numbers, `[T, N, *]`."""
         sizes = [self.shape[1:][d] for d in self.order]
         shape = (self.shape[0], *sizes)
         strides = [math.prod(shape[k + 1 :]) for k in range(len(shape))]
         y = pool.empty(shape, strides, self.dtype)
-        _run(1, self.words, y.element_size(), y=y, counts=(self.words.numel(),), threads=_threads(y.numel()))
+        arguments = _arguments(1, (self.words.numel(),), _threads(y.numel()))
+        arguments.words, arguments.y = self.words.data_ptr(), y.data_ptr()
+        load(_SOURCES[y.element_size()]).run(ctypes.byref(arguments))
         places = sorted(range(len(self.order)), key=self.order.__getitem__)
         return y.permute(0, *[place + 1 for place in places])
 
     def max_pool(self, kernel: Pair, stride: Pair, padding: Pair) -> SpikeBits:
         """The maximum of each window of channels-last images `[T, N, C, H, W]`, with a multiple of 64 channels."""
-        T, N, C, H, W = self.shape
+        return MaxPooling(self, kernel, stride, padding)(self)
+
+    def flattened(self) -> SpikeBits:
+        """`[T, N, C * *]`, of row-major images or of channels-last ones with a multiple of 64 channels."""
+        return Flattening(self)(self)
+
+
+class Operation:
+    """A map from spikes of one shape to spikes of another.
+
+    Args:
+        spikes: an example.
+        shape: of the result, whose dimensions lie in the order `order`.
+        mode, counts: the work of the kernel.
+    """
+
+    def __init__(
+        self, spikes: SpikeBits, shape: tuple[int, ...], order: tuple[int, ...], mode: int, counts: Sequence[int]
+    ) -> None:
+        self.shape, self.order, self.words = shape, order, math.prod(shape) // 64
+        self._arguments = _arguments(mode, counts, _threads(spikes.words.numel() * 8))
+        self._run = load(_SOURCES[8]).run
+
+    def of_words(self, words: Tensor) -> Tensor:
+        """The words of the result."""
+        y = torch.empty(self.words, dtype=torch.int64, device="cpu")
+        arguments = _Arguments.from_buffer_copy(self._arguments)
+        arguments.words, arguments.y = words.data_ptr(), y.data_ptr()
+        self._run(ctypes.byref(arguments))
+        return y
+
+    def __call__(self, spikes: SpikeBits) -> SpikeBits:
+        return replace(spikes, words=self.of_words(spikes.words), shape=self.shape, order=self.order)
+
+
+class MaxPooling(Operation):
+    """The maximum of each window of channels-last images `[T, N, C, H, W]`, with a multiple of 64 channels.
+
+    Args:
+        spikes: an example.
+        kernel, stride, padding: for height and width.
+    """
+
+    def __init__(self, spikes: SpikeBits, kernel: Pair, stride: Pair, padding: Pair) -> None:
+        T, N, C, H, W = spikes.shape
         out = [(n + 2 * p - k) // s + 1 for n, k, s, p in zip((H, W), kernel, stride, padding, strict=True)]
-        words = C // 64
-        y = torch.empty(T * N * out[0] * out[1] * words, dtype=torch.int64, device="cpu")
-        counts = (T * N, H, W, words, *out, *kernel, *stride, *padding)
-        _run(2, self.words, 8, y=y, counts=counts, threads=_threads(self.words.numel() * 8))
-        return replace(self, words=y, shape=(T, N, C, *out))
+        counts = (T * N, H, W, C // 64, *out, *kernel, *stride, *padding)
+        super().__init__(spikes, (T, N, C, *out), spikes.order, 2, counts)
 
 
-_WORDS_SAMPLED = 256
+class Flattening(Operation):
+    """Flattens a step of row-major images, or of channels-last ones with a multiple of 64 channels.
+
+    Args:
+        spikes: an example.
+    """
+
+    def __init__(self, spikes: SpikeBits) -> None:
+        T, N, *sizes = spikes.shape
+        self.is_row_major = spikes.is_row_major
+        counts = (T * N, math.prod(sizes[1:]), -(-sizes[0] // 64))
+        super().__init__(spikes, (T, N, math.prod(sizes)), (0, 1), 0, counts)
+
+    def of_words(self, words: Tensor) -> Tensor:
+        return words if self.is_row_major else super().of_words(words)
+
+
 _PARALLEL_ELEMENTS = 1 << 16
 _COUNTS = 12
-_RESULT = 4 + _COUNTS
 
 _TEXT = r"""
 #include <stdint.h>
+#include <string.h>
 #include <atomic>
 typedef int64_t i64;
 typedef uint64_t u64;
 
 struct Args {
-  i64 mode;          // 0: count the spikes of a sample, 1: the spikes as numbers, 2: max-pooling
+  i64 mode;          // 0: channels-last images as row-major ones, 1: the spikes as numbers, 2: max-pooling
   const u64 *words;
   void *y;
   void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
-  i64 count[COUNTS]; // see SpikeBits
-  i64 result;
+  i64 count[COUNTS]; // see the operations
   i64 threads;
   std::atomic<i64> next;
 };
 
-static void sample(Args &a) {
-  const i64 words = a.count[0], sampled = a.count[1];
-  u64 state = 0x9e3779b97f4a7c15ull;
-  for (i64 k = 0; k < sampled; k++) {
-    state = state * 6364136223846793005ull + 1442695040888963407ull;
-    const i64 first = words * k / sampled, last = words * (k + 1) / sampled;
-    a.result += __builtin_popcountll(a.words[first + (i64)((state >> 33) % (u64)(last - first))]);
+// Bit c of row r becomes bit r of row c.
+static void transpose(u64 *rows) {
+  u64 mask = 0xffffffffull;
+  for (int j = 32; j; j >>= 1, mask ^= mask << j)
+    for (int k = 0; k < 64; k = ((k | j) + 1) & ~j) {
+      const u64 swapped = ((rows[k] >> j) ^ rows[k | j]) & mask;
+      rows[k] ^= swapped << j;
+      rows[k | j] ^= swapped;
+    }
+}
+
+static void to_row_major(Args &a) {
+  const i64 images = a.count[0], pixels = a.count[1], words = a.count[2], of_image = pixels * words;
+  for (i64 n; (n = a.next.fetch_add(1, std::memory_order_relaxed)) < images;) {
+    const u64 *image = a.words + n * of_image;
+    u64 *to = (u64 *)a.y + n * of_image;
+    memset(to, 0, of_image * sizeof(u64));
+    for (i64 p = 0; p < pixels; p += 64)
+      for (i64 w = 0; w < words; w++) {
+        u64 block[64];
+        for (i64 k = 0; k < 64; k++) block[k] = p + k < pixels ? image[(p + k) * words + w] : 0;
+        transpose(block);
+        for (i64 c = 0; c < 64; c++) {
+          const i64 bit = (w * 64 + c) * pixels + p, shift = bit % 64;
+          to[bit / 64] |= block[c] << shift;
+          if (shift && block[c] >> (64 - shift)) to[bit / 64 + 1] |= block[c] >> (64 - shift);
+        }
+      }
   }
 }
 
@@ -143,13 +214,13 @@ static void max_pool(Args &a) {
 
 static void work(void *p) {
   Args &a = *(Args *)p;
-  if (a.mode == 1) expand(a);
+  if (a.mode == 0) to_row_major(a);
+  else if (a.mode == 1) expand(a);
   else max_pool(a);
 }
 extern "C" void run_part(Args *a, i64, i64) { work(a); }
 extern "C" void run(Args *a) {
-  if (a->mode == 0) sample(*a);
-  else if (a->threads > 1) a->parallel(work, a, (unsigned)a->threads, 0);
+  if (a->threads > 1) a->parallel(work, a, (unsigned)a->threads, 0);
   else work(a);
 }
 """
@@ -163,15 +234,21 @@ _SOURCES = {4: _source("float"), 8: _source("double")}
 """By bytes of a number."""
 
 
-def _run(
-    mode: int, words: Tensor, itemsize: int, *, y: Tensor | None = None, counts: Sequence[int], threads: int
-) -> ctypes.Array[ctypes.c_int64]:
+class _Arguments(ctypes.Structure):
+    """The struct `Args` of the kernel."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("mode", "words", "y", "parallel")),
+        ("count", ctypes.c_int64 * _COUNTS),
+        ("threads", ctypes.c_int64),
+        ("next", ctypes.c_int64),
+    )
+
+
+def _arguments(mode: int, counts: Sequence[int], threads: int) -> _Arguments:
     runtime = openmp() if threads > 1 else None
-    filled = [*counts, *[0] * (_COUNTS - len(counts))]
-    address = 0 if y is None else y.data_ptr()
-    given = (mode, words.data_ptr(), address, runtime[0] if runtime else 0, *filled, 0, threads, 0)
-    arguments = (ctypes.c_int64 * len(given))(*given)
-    load(_SOURCES[itemsize]).run(arguments)
+    arguments = _Arguments(mode=mode, parallel=runtime[0] if runtime else 0, threads=threads)
+    arguments.count[: len(counts)] = counts
     return arguments
 
 

@@ -54,14 +54,17 @@ class Form:
 
 
 class BoundLaunch(NamedTuple):
-    """The functions of a bound kernel; both take the tensors that are given.
+    """The functions of a bound kernel.
 
     Attributes:
-        fits: whether the tensors have the layout of the kernel, and torch the number of threads.
-        launch: allocate the results, run the kernel, return the results.
+        fits: whether the tensors that are given, except operands, have the layout of the kernel, and torch the number
+            of threads.
+        fits_operands: whether the operands, which do not change with time, have the layout of the kernel.
+        launch: takes all tensors that are given, operands last: allocate the results, run the kernel, return them.
     """
 
     fits: Callable[..., bool]
+    fits_operands: Callable[..., bool]
     launch: Callable[..., tuple[Tensor, ...]]
 
 
@@ -146,9 +149,11 @@ def _functions(
         return name
 
     names = {slot: f"x{i}" for i, slot in enumerate(given)} | {slot: f"y{i}" for i, slot in enumerate(made)}
-    holds = [f"get_num_threads() == {threads}"] if threads is not None else []
+    conditions: dict[bool, list[str]] = {True: [], False: []}
+    if threads is not None:
+        conditions[False].append(f"get_num_threads() == {threads}")
     for slot, form in given.items():
-        x = names[slot]
+        x, holds = names[slot], conditions[slot[0] == "operand"]
         holds.append(f"type({x}) in plain and {x}.shape == {constant(torch.Size(form.shape))}")
         holds.append(f"{x}.stride() == {constant(form.stride)} and {x}.dtype is {constant(form.dtype)}")
         holds.append(f"{x}.is_cpu and not {x}.is_neg()")
@@ -165,6 +170,10 @@ def _functions(
     lines += [f"    words[{word}] = {names[slot]}.data_ptr()" for slot, word in addresses.items()]
     lines += ["    run(words)", f"    return ({''.join(f'{names[slot]}, ' for slot in made)})"]
     parameters = ", ".join(names[slot] for slot in given)
-    fits = f"def forward({parameters}):\n    return {' and '.join(holds) or 'True'}\n"
     launch = "\n".join([f"def forward({parameters}):", *lines, ""])
-    return BoundLaunch(function_from_source(fits, constants), function_from_source(launch, constants))
+    checks = []
+    for is_operand, holds in conditions.items():
+        own = ", ".join(names[slot] for slot in given if (slot[0] == "operand") == is_operand)
+        checks.append(f"def forward({own}):\n    return {' and '.join(holds) or 'True'}\n")
+    fits_operands, fits = (function_from_source(check, constants) for check in checks)
+    return BoundLaunch(fits, fits_operands, function_from_source(launch, constants))
