@@ -63,7 +63,9 @@ class BufferPool:
             # With a device, because `torch.set_default_device` may name another one.
             return torch.empty_strided(size, stride, dtype=dtype, device="cpu")
         array = self._allocate(needed)
-        return torch.frombuffer(array, dtype=dtype, count=count).as_strided(size, stride)
+        storage = torch.frombuffer(array, dtype=torch.uint8).untyped_storage()
+        # Not a view, which autograd would not let its owner change in place.
+        return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, size, stride)
 
     def _allocate(self, needed: int) -> ctypes.Array[ctypes.c_char]:
         with self._lock:

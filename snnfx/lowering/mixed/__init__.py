@@ -10,6 +10,7 @@ The step and its backward pass are lists of ATen calls (`snnfx.lowering.aten_rec
 | `schedule`           | the order of a pass: before the loop, stages of each step, after the loop             |
 | `batched_calls`      | run the calls before and after the loop for all time steps at once                    |
 | `gradient_by_events` | the gradient of a weight from the elements of its operand that are not zero           |
+| `gradient_source`    | C++ of this gradient                                                                  |
 | `constant_gradients` | gradients of weights as one product over all steps, outside the reversed loop         |
 | `loop_saved_values`  | choose the values that the forward pass saves for backward                            |
 | `parts`              | parts of joined values, which kernels write to their places or copies move there      |
@@ -24,7 +25,9 @@ The step and its backward pass are lists of ATen calls (`snnfx.lowering.aten_rec
 | `loop_arguments`     | the structs of its arguments                                                          |
 | `compiled_loop`      | run all iterations in one call, or the reason against it                              |
 | `executor`           | run a schedule over the time steps                                                    |
-| `bound_runs`         | keep small runs and repeat them with new values                                       |
+| `pass_result`        | the results of a run                                                                  |
+| `relocation`         | point the operations of a compiled loop to other memory                               |
+| `bound_runs`         | keep runs and repeat them with new values                                             |
 | `mixed_step`         | `MixedStep`: the schedules of both passes, `forward` and `backward` over a sequence   |
 | `first_states`       | the states before the first step                                                      |
 | `autograd_loop`      | the `torch.autograd.Function` around a `MixedStep`                                    |

@@ -1,31 +1,44 @@
 """Run a schedule, and keep small runs to repeat them with new values.
 
 Allocating the ring buffers of a run and building its operations takes longer than the loop itself if a net is small. A
-run of small tensors is therefore kept: the next call with the same shapes writes its values to the tensors of the kept
-run, repeats the loop, and copies the results. Parameters stay at their addresses from call to call, so a run reads them
-and their views directly. A run is taken out while it is in use, so that several threads and nested calls never share
-one.
+run is therefore kept. A compiled loop that is repeated reads the given tensors and writes the results where they are
+(`snnfx.lowering.mixed.relocation`). Steps that Python code runs have views of the tensors of the run: the next call
+writes its values to these tensors and copies the results, so only small tensors are worth it. Parameters stay at their
+addresses from call to call, so a run reads them and their views directly. A run is taken out while it is in use, so
+that several threads and nested calls never share one.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from snnfx.lowering.mixed.batched_calls import run_batched
-from snnfx.lowering.mixed.executor import PassResult, ScheduleRun
+from snnfx.lowering.mixed.executor import ScheduleRun
+from snnfx.lowering.mixed.pass_result import PassResult, where_it_is
+from snnfx.lowering.mixed.relocation import Relocation, start_of
 from snnfx.lowering.mixed.schedule import Schedule
+from snnfx.ops.buffer_pool import pool
 from snnfx.sandbox.torch_internals import dispatch_mode_count
 
 __all__ = ["run_schedule"]
 
 _MOST_BYTES = 1 << 21
 """Bytes of the given tensors up to which copying them takes less time than building a run."""
+
+_LEAST_MOVED_BYTES = 1 << 17
+"""Bytes of the given tensors of a compiled loop from which copying them takes longer than changing addresses."""
+
+_MOST_BYTES_OF_LOOP = 1 << 23
+"""Bytes of the given tensors of a compiled loop from which on building a run takes a small part of its time.
+
+The memory of larger runs is missing in the pool of buffers.
+"""
 
 _KEPT = 4
 """Runs that a schedule keeps, for different shapes."""
@@ -62,7 +75,7 @@ def run_schedule(
         constants: tensors whose memory a kept run may read in later calls, at the same addresses.
     """
     with torch.no_grad():
-        key = _key(T, stacks, invariants, reverse)
+        key = _key(T, stacks, invariants, reverse, schedule.reason_for_python == "")
         kept: dict[Key, BoundRun | None] = schedule.kept_runs
         bound: BoundRun | None
         if key is None or key in schedule.unrepeatable_runs or dispatch_mode_count():
@@ -86,7 +99,7 @@ def run_schedule(
             run = ScheduleRun(schedule, T, dict(stacks), invariants, len(initial), reverse)
             run.run(initial)
             return run.result(unshared)
-        result = bound.repeat(stacks, invariants, initial)
+        result = bound.repeat(stacks, invariants, initial, unshared)
         assert key is not None
         _keep(kept, key, bound)
         return result
@@ -98,15 +111,23 @@ def _keep(kept: dict[Key, BoundRun | None], key: Key, run: BoundRun | None) -> N
         kept.pop(oldest, None)
 
 
-def _key(T: int, stacks: dict[int, Tensor], invariants: dict[int, Tensor], reverse: bool) -> Key | None:
-    """The properties of the given tensors on which a run depends; None if they are too large to be copied."""
+def _key(
+    T: int, stacks: dict[int, Tensor], invariants: dict[int, Tensor], reverse: bool, is_compiled: bool
+) -> Key | None:
+    """The properties of the given tensors on which a run depends; None if they are too large."""
     total = 0
     described: list[object] = [T, reverse, torch.get_num_threads()]
     for values in (stacks, invariants):
         for number, tensor in values.items():
-            total += tensor.nbytes
+            total += tensor.nbytes if tensor.is_contiguous() else _extent(tensor)
             described += (number, tensor.shape, tensor.stride(), tensor.dtype, tensor.is_neg())
-    return tuple(described) if total <= _MOST_BYTES else None
+    return tuple(described) if total <= (_MOST_BYTES_OF_LOOP if is_compiled else _MOST_BYTES) else None
+
+
+def _extent(tensor: Tensor) -> int:
+    """Bytes from the first to the last element of a tensor, at least those of its elements."""
+    steps = [(size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
+    return max(tensor.nbytes, (sum(steps) + 1) * tensor.element_size())
 
 
 class KeptMemory:
@@ -147,8 +168,10 @@ class BoundRun:
         moving: invariants whose address changes, so that they are copied even if they are views of constants.
 
     Attributes:
-        can_be_repeated: whether all operations read the given tensors themselves.
+        can_be_repeated: whether all operations read the given tensors themselves, and no large tensor is copied.
         copied: the invariants that each call writes to tensors of the run.
+        relocation: the addresses of the given tensors and results in a compiled loop; None for Python code, which
+            reads copies of the given tensors.
     """
 
     def __init__(
@@ -163,32 +186,46 @@ class BoundRun:
         moving: frozenset[int] = frozenset(),
     ) -> None:
         self.schedule, self._moving = schedule, moving
-        fixed = {t.untyped_storage().data_ptr() for t in constants}
-        shared = {n: t for n, t in invariants.items() if n not in moving and t.untyped_storage().data_ptr() in fixed}
+        moves = schedule.reason_for_python == "" and sum([t.nbytes for t in stacks.values()]) >= _LEAST_MOVED_BYTES
+        fixed = {start_of(t) for t in constants}
+        shared = {n: t for n, t in invariants.items() if n not in moving and start_of(t) in fixed}
         self._addresses = {n: t.data_ptr() for n, t in shared.items()}
         with torch.inference_mode(False):
-            self.stacks = {n: _own(t) for n, t in stacks.items()}
+            self.stacks = {n: _stand_in(t) if moves else _own(t) for n, t in stacks.items()}
             self.copied = {n: _own(t) for n, t in invariants.items() if n not in shared}
             self.invariants = {n: shared[n] if n in shared else self.copied[n] for n in invariants}
-            for own, given in ((self.stacks, stacks), (self.copied, invariants)):
-                _write(own, given)
+            _write(self.copied, invariants)
             self.run = ScheduleRun(schedule, T, dict(self.stacks), self.invariants, carried, reverse)
-        self.can_be_repeated = not self.run.copies_given
-        self._views: PassResult | None = None
-        """The results as views of the memory of the run; None if each repetition computes some of them."""
         memory.count(self)
-        addresses = {t.untyped_storage().data_ptr() for t in (*self.stacks.values(), *self.invariants.values())}
-        self.computed = [
-            number
+        given_memory = {start_of(t) for t in (*self.stacks.values(), *self.invariants.values())}
+        self.computed = {
+            number: stack
             for number, stack in self.run.stacks.items()
-            if number in schedule.made_before and stack.untyped_storage().data_ptr() not in addresses
-        ]
+            if number in schedule.made_before and start_of(stack) not in given_memory
+        }
+        self._views: PassResult | None = None
+        """The results as views of the memory of the run; None if each repetition computes or moves some of them."""
+        self.relocation: Relocation | None = None
+        self._made: list[Tensor] = []
+        if moves and not self.run.reason_for_python:
+            given_memory.update(map(start_of, self.computed.values()))
+            made = {start_of(t): t for t in sorted(self.run.stacks_of_loop(), key=Tensor.numel)}
+            self._made = [t for start, t in made.items() if start and start not in given_memory]
+            self.relocation = self.run.compiled.relocation(
+                (*self.stacks.values(), *self.computed.values(), *self._made)
+            )
+        to_copy = [*self.copied.values(), *(() if self.relocation else self.stacks.values())]
+        self.can_be_repeated = (
+            not self.run.copies_given
+            and moves == (self.relocation is not None)
+            and sum([t.nbytes for t in to_copy]) <= _MOST_BYTES
+        )
+        rings = (*self.run.rings.values(), *(ring for rings in self.run.targets.values() for ring in rings))
+        self._memory = given_memory.union(start_of(ring.tensor) for ring in rings)
+        """The addresses of all storages of the run."""
 
     def _is_in_memory_of_run(self, result: PassResult) -> bool:
-        rings = (*self.run.rings.values(), *(ring for rings in self.run.targets.values() for ring in rings))
-        tensors = (*self.stacks.values(), *self.invariants.values(), *self.run.stacks.values())
-        memory = {t.untyped_storage().data_ptr() for t in (*tensors, *(ring.tensor for ring in rings))}
-        return all(t.untyped_storage().data_ptr() in memory for t in (*result.stacks.values(), *result.sums.values()))
+        return self._memory.issuperset(map(start_of, (*result.stacks.values(), *result.sums.values())))
 
     def moved(self, invariants: dict[int, Tensor]) -> frozenset[int]:
         """The invariants whose address changes if some are no longer where the run reads them; else none."""
@@ -196,31 +233,76 @@ class BoundRun:
         return self._moving.union(moved) if moved else frozenset()
 
     def repeat(
-        self, stacks: dict[int, Tensor], invariants: dict[int, Tensor], initial: Sequence[Tensor | float]
+        self,
+        stacks: dict[int, Tensor],
+        invariants: dict[int, Tensor],
+        initial: Sequence[Tensor | float],
+        unshared: Sequence[int],
     ) -> PassResult:
         """Run the pass with other values; the results share no memory with the run."""
-        _write(self.stacks, stacks)
         _write(self.copied, invariants)
-        if self.computed:
-            known = dict(self.stacks)
-            run_batched(
-                self.schedule.recording, self.schedule.before, self.schedule.results_read, known, self.invariants
-            )
-            for number in self.computed:
-                self.run.stacks[number].copy_(known[number])
+        relocation = self.relocation
+        if relocation is None:
+            _write(self.stacks, stacks)
+            self._compute(self.stacks)
+            return self._repeat(initial, where_it_is, unshared)
+        for number, tensor in stacks.items():
+            relocation.move(self.stacks[number], tensor)
+        self._compute(stacks)
+        for tensor in self._made:
+            relocation.move(tensor, _new(tensor))
+        try:
+            return self._repeat(initial, relocation.of, unshared)
+        finally:
+            relocation.release()
+
+    def _compute(self, stacks: dict[int, Tensor]) -> None:
+        """Run the calls before the loop."""
+        if not self.computed:
+            return
+        known, schedule = dict(stacks), self.schedule
+        run_batched(schedule.recording, schedule.before, schedule.results_read, known, self.invariants)
+        for number, own in self.computed.items():
+            found = known[number]
+            if self.relocation is None:
+                own.copy_(found)
+            else:
+                self.relocation.move(own, found if found.stride() == own.stride() else own.copy_(found))
+
+    def _repeat(
+        self, initial: Sequence[Tensor | float], moved: Callable[[Tensor], Tensor], unshared: Sequence[int]
+    ) -> PassResult:
         for copy, source in self.run.row_copies:
-            copy.copy_(source)
-        self.run.run(initial)
-        result = self._views if self._views is not None else self.run.result(())
-        if self._views is None and self._is_in_memory_of_run(result):
+            copy.copy_(moved(source))
+        self.run.run(initial, moved)
+        result = self.run.result(unshared, moved) if self._views is None else self._views
+        if self.relocation is None and self._views is None and self._is_in_memory_of_run(result):
             self._views = result
-        copies: dict[int, Tensor] = {id(t): t.clone() for t in (*result.stacks.values(), *result.sums.values())}
+        copies: dict[int, Tensor] = {}
+        for t in (*result.stacks.values(), *result.sums.values()):
+            if id(t) not in copies:
+                copies[id(t)] = t.clone() if start_of(t) in self._memory else t
         return PassResult(
             {n: copies[id(t)] for n, t in result.stacks.items()},
             {n: copies[id(t)] for n, t in result.sums.items()},
             [final.clone() for final in result.finals],
             is_unshared=True,
         )
+
+
+def _new(stand_in: Tensor) -> Tensor:
+    """New memory for a storage, viewed as its stand-in."""
+    if stand_in.nbytes == stand_in.untyped_storage().nbytes():
+        return pool.empty(stand_in.shape, stand_in.stride(), stand_in.dtype)
+    count = stand_in.untyped_storage().nbytes() // stand_in.element_size()
+    return pool.empty((count,), (1,), stand_in.dtype).as_strided(
+        stand_in.shape, stand_in.stride(), stand_in.storage_offset()
+    )
+
+
+def _stand_in(tensor: Tensor) -> Tensor:
+    """A tensor with the same strides, whose elements are never read or written."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
 
 
 def _own(tensor: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from snnfx.lowering.mixed.copied_rows import plan_copy
 from snnfx.lowering.mixed.loop_arguments import ArgumentTable, LoopArguments
 from snnfx.lowering.mixed.loop_source import LOOPS
 from snnfx.lowering.mixed.operations import Addition, Assembly, Call, Convolution, Copy, Launch, Operation, Product
+from snnfx.lowering.mixed.relocation import Relocation
 from snnfx.lowering.mixed.sample_parts import plan_parts
 
 __all__ = ["CompiledLoop", "build_loop", "reason_against_compiling"]
@@ -105,6 +106,10 @@ class CompiledLoop:
         ]
         self._by_events = by_events
         self.copies_given = self._table.copies_given
+
+    def relocation(self, stand_ins: Iterable[Tensor]) -> Relocation:
+        """The places of the addresses of tensors that are in other memory at each run."""
+        return Relocation(self._table.rings(), stand_ins)
 
     def run(self) -> float | None:
         """Run all iterations.

@@ -37,34 +37,15 @@ from snnfx.lowering.mixed.operations import (
     Product,
 )
 from snnfx.lowering.mixed.parts import JOINS, Part, is_placed, parts_of
+from snnfx.lowering.mixed.pass_result import PassResult, where_it_is
 from snnfx.lowering.mixed.ring_buffers import RingBuffer, Rows
 from snnfx.lowering.mixed.schedule import Schedule
 from snnfx.ops.buffer_pool import pool
 
-__all__ = ["PassResult", "ScheduleRun"]
+__all__ = ["ScheduleRun"]
 
 _MIN_PARALLEL_ELEMENTS = 1 << 14
 """Elements of a step from which on a kernel uses several threads."""
-
-
-class PassResult:
-    """The results of a pass.
-
-    Args:
-        stacks: the values at all steps, `[T, *]`, of `PassGoal.stacks`.
-        sums: the sums over time of `PassGoal.sums`.
-        finals: the loop-carried values after the last step, in the order of `PassGoal.carried`.
-        is_unshared: whether no result shares memory with the run.
-    """
-
-    def __init__(
-        self, stacks: dict[int, Tensor], sums: dict[int, Tensor], finals: list[Tensor], is_unshared: bool = False
-    ) -> None:
-        self.stacks, self.sums, self.finals, self.is_unshared = stacks, sums, finals, is_unshared
-
-    def own_finals(self) -> list[Tensor]:
-        """The final values in memory of their own."""
-        return self.finals if self.is_unshared else [final.clone() for final in self.finals]
 
 
 class ScheduleRun:
@@ -81,6 +62,7 @@ class ScheduleRun:
     Attributes:
         copies_given: whether an operation reads a copy of a given tensor, which a repeated run would not update.
         row_copies: copies that a repeated run has to update, with the tensors that they are copies of.
+        zeroed: tensors whose elements are zero where no operation writes them.
     """
 
     def __init__(
@@ -102,6 +84,7 @@ class ScheduleRun:
         self.targets: dict[int, list[RingBuffer]] = {}
         self.copies_given = False
         self.row_copies: list[tuple[Tensor, Tensor]] = []
+        self.zeroed: list[Tensor] = []
         self.stacked = set(schedule.stacked)
         self.with_stacked_parts = self._with_stacked_parts()
         self.carried = [self._carry(k) for k in range(carried)]
@@ -131,13 +114,15 @@ class ScheduleRun:
             self.compiled = CompiledLoop(self.operations, T, schedule.by_events)
             self.copies_given |= self.compiled.copies_given
 
-    def run(self, initial: Sequence[Tensor | float]) -> None:
+    def run(self, initial: Sequence[Tensor | float], moved: Callable[[Tensor], Tensor] = where_it_is) -> None:
         """Run all iterations.
 
         Args:
             initial: the loop-carried values before the first one: numbers, or tensors that can be expanded to a step.
+            moved: returns a tensor of the run at the place where the operations use it.
         """
-        for first, value in zip(self.first, initial, strict=True):
+        for ring_row, value in zip(self.first, initial, strict=True):
+            first = moved(ring_row)
             if isinstance(value, Tensor):
                 first.copy_(value)
             else:
@@ -229,6 +214,7 @@ class ScheduleRun:
         whole = self._targets_of(call.results[0])[0]
         if call.name not in JOINS:
             whole.tensor.zero_()
+            self.zeroed.append(whole.tensor)
         first = int(whole.rows.min())
         for part in parts:
             view = part.of(whole.tensor)
@@ -387,17 +373,27 @@ class ScheduleRun:
             if number not in fused:
                 self.operations.append(Addition(self._argument(number), read, write))
 
-    def result(self, unshared: Sequence[int]) -> PassResult:
+    def stacks_of_loop(self) -> list[Tensor]:
+        """The values that the loop writes for all steps, whose memory is written completely at each run."""
+        found = [self.stacks[n] for n in self.schedule.stacked if n in self.stacks]
+        carried = zip(self.schedule.goal.carried, self.carried, strict=True)
+        found += [before.tensor for values, (before, _) in carried if values.read in self.stacked]
+        fixed = {t.untyped_storage().data_ptr() for t in self.zeroed}
+        return [t for t in found if t.untyped_storage().data_ptr() not in fixed]
+
+    def result(self, unshared: Sequence[int], moved: Callable[[Tensor], Tensor] = where_it_is) -> PassResult:
         """Run the calls after the loop and collect the results.
 
         Args:
             unshared: stacks of the result that must not share memory with another tensor.
+            moved: returns a tensor of the run at the place where the operations use it.
         """
-        goal, schedule, known = self.schedule.goal, self.schedule, dict(self.stacks)
+        goal, schedule, known = self.schedule.goal, self.schedule, {n: moved(t) for n, t in self.stacks.items()}
         for k, (before, _) in enumerate(self.carried):
             read = goal.carried[k].read
             if read is not None and read in self.stacked:
-                known[read] = before.tensor[1:] if self.reverse else before.tensor[:-1]
+                whole = moved(before.tensor)
+                known[read] = whole[1:] if self.reverse else whole[:-1]
         run_batched(self.recording, schedule.after, schedule.results_read, known, self.invariants)
         stacks: dict[int, Tensor] = {}
         given = {*goal.given, *(c.read for c in goal.carried)}
@@ -406,9 +402,11 @@ class ScheduleRun:
             if stack is None:
                 value = self.invariants[number]
                 stack = value.expand(self.T, *value.shape)
-            is_shared = number in given or not any(ring.tensor is stack for ring in self.targets.get(number, ()))
+            own = self.stacks.get(number)
+            is_shared = number in given or not any(ring.tensor is own for ring in self.targets.get(number, ()))
             stacks[number] = stack.clone() if number in unshared and is_shared else stack
-        return PassResult(stacks, {n: write.tensor[self.T % 2] for n, (_, write) in self.sums.items()}, self.finals)
+        finals = [moved(final) for final in self.finals]
+        return PassResult(stacks, {n: write.tensor[self.T % 2] for n, (_, write) in self.sums.items()}, finals)
 
 
 _WITH_OUT: dict[str, Callable[..., Any]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -71,7 +72,15 @@ class ArgumentTable:
         self.parts, self.by_events = parts, by_events
         self.copies_given = False
         self._alive: list[Any] = list(operations)
+        self._addresses: list[Any] = []
         self.structs = (_Operation * len(operations))(*[self._struct(operation) for operation in operations])
+
+    def rings(self) -> Iterator[_Ring]:
+        """The structs that have the addresses of the values of the loop."""
+        for struct in self.structs:
+            yield from (struct.out, struct.input, struct.other)
+        for addresses in self._addresses:
+            yield from (address.ring for address in addresses)
 
     def _struct(self, operation: Operation) -> _Operation:
         if isinstance(operation, Product):
@@ -172,7 +181,8 @@ class ArgumentTable:
         structs = torch.tensor(words * self.parts.count, dtype=torch.int64, device="cpu")
         pairs = operation.addresses
         addresses = (_Address * len(pairs))(*[_Address(word, _ring(ring)) for word, ring in pairs])
-        self._alive += [structs, addresses]
+        self._alive.append(structs)
+        self._addresses.append(addresses)
         function: Any = load(operation.group.source).run_part
         return _Operation(
             kind=_KERNEL,

@@ -29,8 +29,15 @@ _FUSED = r"""
 """
 
 _TEXT = r"""
-// Rows of a product whose lists are built together, rows of a dense block, the longest list.
-constexpr i64 CHUNK = 32, ROWS = 4, LONGEST = 1 << 15;
+#if defined(__AVX512F__)
+// Eight rows of two vectors take half of the registers, and two vectors of 256 inputs fit into the first cache.
+constexpr int ROWS = 8, VECTORS_OF_SEVERAL = 2;
+#else
+constexpr int ROWS = 4, VECTORS_OF_SEVERAL = 1; // sixteen registers of 32 bytes hold four rows of one vector of 64
+#endif
+
+// Rows of a product whose lists are built together, the longest list.
+constexpr i64 CHUNK = 32, LONGEST = 1 << 15;
 
 // Elements that are not zero, of one row or of each of several rows, up to which lists are faster; in percent.
 constexpr i64 LIMIT_OF_ONE = 80, LIMIT_OF_SEVERAL = 40;
@@ -136,32 +143,31 @@ FUSED static void listed_tile(const uint16_t *rows, const real *x, i64 n, const 
   for (int v = 0; v < V; v++) *(vec *)(y + v * LANES) = sum[v];
 }
 
-#if defined(__AVX512F__)
-constexpr int VECTORS_OF_SEVERAL = 4;
-#else
-constexpr int VECTORS_OF_SEVERAL = 1; // sixteen registers of 32 bytes hold four rows of one vector of 64
-#endif
-
+// A tile of V vectors; the vectors of a block of rows are computed one block of vectors after another, so that the
+// inputs of the matrix that several blocks of rows read stay in the first cache.
 template <int R, int V>
-static void dense_block(const real *x, i64 x_step, i64 K, const real *w, const real *bias, i64 bias_step, real *y,
-                        i64 y_step) {
-  constexpr int S = R == 1 ? V : VECTORS_OF_SEVERAL < V ? VECTORS_OF_SEVERAL : V;
-  if constexpr (V % S == 0) {
-    for (int v = 0; v < V; v += S)
-      dense_tile<R, S>(x, x_step, K, w + v * LANES, V * LANES, bias ? bias + v * LANES : nullptr, bias_step,
-                       y + v * LANES, y_step);
+static void dense_rows(i64 rows, const real *x, i64 x_step, i64 K, const real *w, i64 w_step, const real *bias,
+                       i64 bias_step, real *y, i64 y_step) {
+  for (; rows >= R; rows -= R, x += R * x_step, y += R * y_step) {
+    dense_tile<R, V>(x, x_step, K, w, w_step, bias, bias_step, y, y_step);
+    if (bias) bias += R * bias_step;
   }
+  if constexpr (R > 1)
+    if (rows) dense_rows<R / 2, V>(rows, x, x_step, K, w, w_step, bias, bias_step, y, y_step);
 }
 
 template <int V>
-static void tile_of_rows(i64 rows, const real *x, i64 x_step, i64 K, const real *w, const real *bias, i64 bias_step,
-                         real *y, i64 y_step) {
-  switch (rows) {
-    case 1: return dense_block<1, V>(x, x_step, K, w, bias, bias_step, y, y_step);
-    case 2: return dense_block<2, V>(x, x_step, K, w, bias, bias_step, y, y_step);
-    case 3: return dense_block<3, V>(x, x_step, K, w, bias, bias_step, y, y_step);
-    default: return dense_block<4, V>(x, x_step, K, w, bias, bias_step, y, y_step);
-  }
+static void dense_block(i64 rows, const real *x, i64 x_step, i64 K, const real *w, const real *bias, i64 bias_step,
+                        real *y, i64 y_step) {
+  if (rows == 1) return dense_tile<1, V>(x, x_step, K, w, V * LANES, bias, bias_step, y, y_step);
+  constexpr int S = VECTORS_OF_SEVERAL < V ? VECTORS_OF_SEVERAL : V;
+  int v = 0;
+  for (; v + S <= V; v += S)
+    dense_rows<ROWS, S>(rows, x, x_step, K, w + v * LANES, V * LANES, bias ? bias + v * LANES : nullptr, bias_step,
+                        y + v * LANES, y_step);
+  if constexpr (V % S)
+    dense_rows<ROWS, V % S>(rows, x, x_step, K, w + v * LANES, V * LANES, bias ? bias + v * LANES : nullptr, bias_step,
+                            y + v * LANES, y_step);
 }
 
 struct Lists { // of the rows of a chunk
@@ -173,20 +179,20 @@ struct Lists { // of the rows of a chunk
 template <int V>
 static void tile_of_chunk(const Operation &o, const Lists &l, i64 rows, const real *x, const real *w, const real *bias,
                           real *y) {
-  for (i64 r = 0; r < rows; r += ROWS) {
-    const i64 n = rows - r < ROWS ? rows - r : ROWS;
+  for (i64 r = 0; r < rows;) {
+    const real *b = bias ? bias + r * o.bias_step : nullptr;
+    real *to = y + r * o.out_step;
     if (!l.used[r]) {
-      const real *b = bias ? bias + r * o.bias_step : nullptr;
-      tile_of_rows<V>(n, x + r * o.in_step, o.in_step, o.inputs, w, b, o.bias_step, y + r * o.out_step, o.out_step);
+      i64 end = r + 1;
+      while (end < rows && !l.used[end]) end++;
+      dense_block<V>(end - r, x + r * o.in_step, o.in_step, o.inputs, w, b, o.bias_step, to, o.out_step);
+      r = end;
       continue;
     }
-    for (i64 j = r; j < r + n; j++) {
-      const uint16_t *list = l.rows + j * l.capacity;
-      const real *b = bias ? bias + j * o.bias_step : nullptr;
-      real *to = y + j * o.out_step;
-      if (l.ones[j]) listed_tile<V, true>(list, nullptr, l.counts[j], w, b, to);
-      else listed_tile<V, false>(list, x + j * o.in_step, l.counts[j], w, b, to);
-    }
+    const uint16_t *list = l.rows + r * l.capacity;
+    if (l.ones[r]) listed_tile<V, true>(list, nullptr, l.counts[r], w, b, to);
+    else listed_tile<V, false>(list, x + r * o.in_step, l.counts[r], w, b, to);
+    r++;
   }
 }
 
@@ -225,7 +231,7 @@ static i64 product(const Operation &o, i64 i, i64 first, i64 last, Lists &l, rea
     const real *x = (const real *)o.in.at(i) + begin * o.in_step;
     for (i64 r = 0; r < rows; r += ROWS) {
       const i64 n = rows - r < ROWS ? rows - r : ROWS;
-      l.used[r] = false;
+      for (i64 j = r; j < r + n; j++) l.used[j] = false;
       if (!o.by_events) continue;
       i64 active = 0;
       for (i64 j = r; j < r + n; j++) {
@@ -240,7 +246,8 @@ static i64 product(const Operation &o, i64 i, i64 first, i64 last, Lists &l, rea
         active += count;
       }
       seen += active;
-      l.used[r] = active * 100 <= n * o.inputs * (n == 1 ? LIMIT_OF_ONE : LIMIT_OF_SEVERAL);
+      const bool use = active * 100 <= n * o.inputs * (n == 1 ? LIMIT_OF_ONE : LIMIT_OF_SEVERAL);
+      for (i64 j = r; j < r + n; j++) l.used[j] = use;
     }
     const real *w = o.packed;
     for (i64 m = 0; m < o.width; m += FULL) {
