@@ -59,16 +59,18 @@ def matmul_by_events(a: Tensor, b: Tensor, spikes: str, site: int) -> Tensor:
         site: the number of the product.
     """
     if type(b) in PLAIN and type(a) is Tensor and b.dim() == 2 < a.dim() and spikes == "first":
-        return matmul_by_events(a.flatten(0, -2), b, spikes, site).unflatten(0, a.shape[:-1])
+        folded: Tensor = matmul_by_events(a.flatten(0, -2), b, spikes, site)
+        return folded.view(*a.shape[:-1], b.shape[1])
     if _is_supported(a, b):
         sparse, other = (b.mT, a.mT) if spikes == "second" else (a, b)
         density, limit = _density(sparse), None
         if density <= DENSE:
             limit = _crossover(sparse, other, spikes)
-        y = None
+        y: Tensor | None = None
         if limit is not None and density < limit:
             differentiates = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
-            y = product = _product(a.detach(), b.detach(), spikes)
+            product = _product(a.detach(), b.detach(), spikes)
+            y = product
             if differentiates and product is not None:
                 y = _SpikeMatmul.apply(lambda: product, a, b, spikes, _gradient_of_second(a, b, spikes, density))
         is_finite = y is not None or limit is None or density >= limit
@@ -107,7 +109,7 @@ def _product(a: Tensor, b: Tensor, spikes: str) -> Tensor | None:
 
 
 def _crossover(sparse: Tensor, other: Tensor, spikes: str) -> float:
-    key = ("matmul", spikes, tuple(sparse.shape[-2:]), other.shape[-1], sparse.shape[:-2].numel().bit_length())
+    key: tuple[object, ...] = ("matmul", spikes, tuple(sparse.shape[-2:]), other.shape[-1], sparse.shape[:-2].numel().bit_length())
     key += (tuple(sparse.stride()[-2:]), tuple(other.stride()[-2:]), sparse.dtype)
     work = sparse.numel() * other.shape[-1]
     part = max(1, min(len(sparse), len(sparse) * _CALIBRATION_WORK // work)) if sparse.dim() > 2 else len(sparse)
