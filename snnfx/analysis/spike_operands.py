@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 
+import torch
 from torch import nn
 from torch.fx import Node
 
@@ -14,26 +16,31 @@ from snnfx.ops.step_functions import apply_autograd_function
 from snnfx.state.registry import adapter_of
 from snnfx.state.step_calls import call_stateful
 
-__all__ = ["reads_spikes"]
+__all__ = ["is_matrix_product", "operands_from_spikes", "reads_spikes"]
 
 _COMPARISONS = frozenset(
     "gt greater ge greater_equal lt less le less_equal eq ne not_equal heaviside logical_and logical_or".split()
 )
 _KEEPS_ZEROS = frozenset(
-    "flatten reshape view unflatten permute transpose movedim moveaxis swapaxes squeeze unsqueeze contiguous clone "
-    "detach float double to type_as half bfloat16 max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d "
-    "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
-    "adaptive_avg_pool3d dropout dropout1d dropout2d dropout3d feature_dropout alpha_dropout pad narrow select "
-    "index_select chunk split tensor_split getitem unbind expand repeat tile flip roll neg negative abs absolute relu "
-    "pixel_shuffle pixel_unshuffle unfold div divide true_divide zero_pad2d".split()
+    "flatten reshape view unflatten permute transpose t adjoint movedim moveaxis swapaxes swapdims squeeze unsqueeze "
+    "contiguous clone detach float double to type_as half bfloat16 max_pool1d max_pool2d max_pool3d avg_pool1d "
+    "avg_pool2d avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d adaptive_avg_pool1d "
+    "adaptive_avg_pool2d adaptive_avg_pool3d dropout dropout1d dropout2d dropout3d feature_dropout alpha_dropout pad "
+    "narrow select index_select chunk split tensor_split getitem unbind expand repeat tile flip roll neg negative abs "
+    "absolute relu pixel_shuffle pixel_unshuffle unfold div divide true_divide zero_pad2d".split()
 )
 """Operations whose result is zero where their first operand is, up to its shape."""
+
+_TRANSPOSED = ("T", "mT", "H", "mH")
+"""Attributes of a tensor that are views of it."""
 
 _JOINS = frozenset("cat concat concatenate stack hstack vstack add sub subtract maximum where".split())
 """Operations whose result is sparse if all their tensor operands are."""
 
 _FACTORS = frozenset("mul multiply".split())
 """Operations whose result is zero where one of their operands is."""
+
+_MATRIX_PRODUCTS = (operator.matmul, torch.matmul, torch.bmm)
 
 _MODULES = (
     nn.Flatten,
@@ -61,6 +68,21 @@ def reads_spikes(program: StepProgram, product: Node) -> bool:
     """
     operand = product.args[0] if product.args else product.kwargs.get("input")
     return isinstance(operand, Node) and _comes_from_spikes(program, operand)
+
+
+def is_matrix_product(node: Node) -> bool:
+    """Whether a node multiplies two matrices, or two batches of them."""
+    if node.op == "call_method":
+        is_product = node.target in ("matmul", "bmm", "__matmul__")
+    else:
+        is_product = node.op == "call_function" and node.target in _MATRIX_PRODUCTS
+    return is_product and len(node.args) == 2 and not node.kwargs and len(node.all_input_nodes) > 0
+
+
+def operands_from_spikes(program: StepProgram, product: Node) -> str:
+    """The operands of a product of matrices that come from spikes: "first", "second", "both" or ""."""
+    found = [isinstance(x, Node) and _comes_from_spikes(program, x) for x in product.args]
+    return {(True, True): "both", (True, False): "first", (False, True): "second"}.get((found[0], found[1]), "")
 
 
 def _comes_from_spikes(program: StepProgram, value: Node) -> bool:
@@ -104,8 +126,10 @@ def _operands_with_zeros(program: StepProgram, node: Node, following: dict[str, 
     if takes_from_tuple(node) or is_structural(node):
         return node.all_input_nodes[:1]
     name = operation_name(node)
-    if name in _KEEPS_ZEROS:
+    if name in _KEEPS_ZEROS or (node.target is getattr and node.args[1] in _TRANSPOSED):
         return node.all_input_nodes[:1]
+    if is_matrix_product(node):  # few spikes have few pairs; a product with other values has no zeros
+        return node.all_input_nodes
     tensors = [operand for operand in node.all_input_nodes if not is_size(operand)]
     if name in _FACTORS:
         # With two factors, one source is enough: the product is as sparse as the sparser one.

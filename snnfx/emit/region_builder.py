@@ -27,7 +27,7 @@ from snnfx.analysis.statistic_reads import update_chains
 from snnfx.emit.shape_dependence import unexpanded_dimensions
 from snnfx.errors import CaptureError
 from snnfx.ir.edits import add_placeholder
-from snnfx.ir.facts import BATCH_DIM, CHANNELS_LAST, EVENTS, FOLDS_DIM_0, IN_WEIGHTS, KIND, SLOT, VARYING
+from snnfx.ir.facts import BATCH_DIM, CHANNELS_LAST, EVENTS, FOLDS_DIM_0, IN_WEIGHTS, KIND, SITE, SLOT, SPIKES, VARYING
 from snnfx.ir.nodes import is_size
 from snnfx.ir.printing import location_of
 from snnfx.ir.program import StepProgram
@@ -37,6 +37,7 @@ from snnfx.lowering.events.event_layers import (
     call_layer_by_events,
     call_normed_layer_by_events,
 )
+from snnfx.lowering.events.spike_matrices import matmul_by_events
 from snnfx.ops.folded_weights import call_layer, call_norm
 from snnfx.ops.memory_format import image_format, row_major
 from snnfx.ops.sequence_functions import call_module, expand_initial_value, repeat_for_samples
@@ -355,6 +356,9 @@ class _Copier:
                     call = call_layer_by_events
                 args = (self.modules[str(node.target)], *args)
                 new = self.graph.create_node("call_function", call, args, dict(kwargs), name=node.name)
+            elif SPIKES.of(node):
+                args = (*args, SPIKES.of(node), SITE.of(node))
+                new = self.graph.create_node("call_function", matmul_by_events, args, {}, name=node.name)
             elif EVENTS.of(node):
                 call = FUNCTIONS[node.target]  # type: ignore[index]
                 new = self.graph.create_node("call_function", call, args, dict(kwargs), name=node.name)

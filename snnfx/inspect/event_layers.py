@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from torch import Tensor
 from torch.fx import Node
 
-from snnfx.ir.facts import EVENTS
+from snnfx.ir.facts import EVENTS, SITE
 from snnfx.ir.printing import describe_node
 from snnfx.ir.program import StepProgram
 from snnfx.lowering.events.layer_decisions import Decision, latest_decision
+from snnfx.lowering.events.spike_matrices import decision_at
 
 __all__ = ["event_decision", "event_layers"]
 
@@ -28,7 +29,8 @@ def event_layers(program: StepProgram) -> Iterator[str]:
             continue
         way = "ran by events" if decision.by_events else "ran densely"
         if not decision.is_finite:
-            yield f"`{name}` {way}: its weight is not finite."
+            operand = "weight" if SITE.of(node) is None else "other operand"
+            yield f"`{name}` {way}: its {operand} is not finite."
             continue
         limit = "" if decision.crossover is None else f"; events are faster below {decision.crossover:.0%}"
         density = f"{decision.density:.1%} of its inputs were not zero in a sample of the latest call"
@@ -37,6 +39,9 @@ def event_layers(program: StepProgram) -> Iterator[str]:
 
 def event_decision(program: StepProgram, node: Node) -> Decision | None:
     """How the latest call of a layer ran; None if it always runs densely, or did not decide yet."""
+    site = SITE.of(node)
+    if site is not None:
+        return decision_at(site)
     weight = _weight_of(program, node) if EVENTS.of(node) else None
     return None if weight is None else latest_decision(weight)
 

@@ -39,7 +39,9 @@ __all__ = [
     "REGION_NAME",
     "RETURNED_BY",
     "SHAPE_LIKE",
+    "SITE",
     "SLOT",
+    "SPIKES",
     "STEP_NODE",
     "STEP_REFUSAL",
     "STRUCTURAL",
@@ -156,6 +158,10 @@ IN_WEIGHTS: Fact[bool] = Fact("in_weights", "planned", (bool,), False)
 """Whether a BatchNorm is folded into the weights of the layer before it."""
 EVENTS: Fact[bool] = Fact("events", "planned", (bool,), False)
 """Whether a layer may visit only its non-zero inputs."""
+SPIKES: Fact[str] = Fact("spikes", "planned", (str,), "")
+"""The operands of a product of matrices that come from spikes: "first", "second" or "both"."""
+SITE: Fact[int | None] = Fact("site", "planned", (int, _NONE), None)
+"""The number of a product of matrices among those of this process, for how its latest call ran."""
 LOOP_EVENTS: Fact[bool] = Fact("loop_events", "planned", (bool,), False)
 """Whether products that a node of a loop computes may visit only their non-zero operands."""
 STEP_NODE: Fact[str] = Fact("step_node", "emitted", (str,), "")

@@ -14,12 +14,13 @@ from torch import Tensor, fx, nn
 from snnfx import surrogate
 from snnfx.convert import REPLANS
 from snnfx.errors import PassError
-from snnfx.ir.facts import FACTS
+from snnfx.ir.facts import FACTS, SITE
 from snnfx.ir.guards import Guards
 from snnfx.ir.options import ConvertOptions
 from snnfx.ir.program import SELF_TARGET, STAGES, START_PREFIX, InitialAttribute, InputLeaf, Region, Slot, StepProgram
 from snnfx.ir.setting_read import SettingRead
 from snnfx.ir.verifier import verify_program
+from snnfx.lowering.events.spike_matrices import new_site
 from snnfx.ops import step_functions
 from snnfx.ops.run_loop import LoopHandle
 from snnfx.ops.step_functions import FunctionHolder
@@ -277,7 +278,7 @@ class ProgramReader:
             value = decode(encoded)
             if key not in FACTS or not FACTS[key].has_legal_type(value) or not _is_printable(value):
                 raise MalformedFile("a fact of a node has another form")
-            node.meta[key] = value
+            node.meta[key] = new_site() if key == SITE.key else value  # numbers of another process mean nothing here
         nodes[name] = node
 
     def _constant(self, value: Any) -> Any:

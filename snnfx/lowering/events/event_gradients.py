@@ -21,7 +21,7 @@ from snnfx.lowering.events.geometry import Geometry
 from snnfx.lowering.events.packed_weights import unpack
 from snnfx.sandbox.torch_internals import are_transforms_active, dispatch_mode_count, is_batched_by_autograd
 
-__all__ = ["Gradients", "dense_gradient", "differentiable_product", "gradient_by_events"]
+__all__ = ["Gradients", "dense_gradient", "differentiable_product", "gradient_by_events", "is_plain_gradient"]
 
 
 class Gradients(Enum):
@@ -71,7 +71,7 @@ class _EventProduct(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[1:4]
         needs_bias = needs_bias and ctx.has_bias
-        gradients = ctx.gradients if _is_plain(grad) and _is_plain(x) else Gradients.DENSE
+        gradients = ctx.gradients if is_plain_gradient(grad) and is_plain_gradient(x) else Gradients.DENSE
         if gradients is Gradients.FEW_ROWS:
             outputs, inputs = weight.shape
             rows = grad.reshape(-1, outputs).contiguous()
@@ -98,7 +98,7 @@ def dense_gradient(grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) 
     return gradient
 
 
-def _is_plain(tensor: Tensor) -> bool:
+def is_plain_gradient(tensor: Tensor) -> bool:
     """Whether a tensor is neither batched nor differentiated again."""
     return not (
         torch.is_grad_enabled()

@@ -26,6 +26,7 @@ from snnfx.lowering.events.event_kernel import build, fits_lists
 from snnfx.lowering.events.few_rows import build_few_rows, has_few_rows
 from snnfx.lowering.events.few_rows_gradients import build_gradients
 from snnfx.lowering.events.geometry import LINEAR, Geometry, convolution
+from snnfx.lowering.events.matrix_kernel import build_matrix_products
 from snnfx.sandbox.torch_internals import (
     are_transforms_active,
     dispatch_mode_count,
@@ -257,6 +258,7 @@ def has_kernel(itemsize: int) -> bool:
             build(itemsize)
             build_few_rows(itemsize)
             build_gradients(itemsize)
+            build_matrix_products(itemsize)
             _built[key] = True
         except LoweringRefused as reason:
             _built[key] = False
