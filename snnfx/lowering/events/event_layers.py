@@ -141,7 +141,8 @@ def _product(
     differentiates = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     outputs, groups = weight.shape[0], geometry.groups
     positions = positions_of(x.shape, geometry)
-    work, reads_in_place = positions * weight.numel(), geometry.dims == 0 and has_few_rows(positions, weight)
+    work = positions * weight.numel()
+    reads_in_place = geometry.dims == 0 and has_few_rows(positions, weight, differentiates)
     may_pack = not differentiates or positions >= _LEAST_TRAINED_POSITIONS
     if work < LEAST_WORK or not (may_pack or reads_in_place) or not has_kernel(x.element_size()):
         return None
@@ -166,7 +167,7 @@ def _product(
             x, weight, bias, geometry.stride[keep:], geometry.padding[keep:], geometry.dilation[keep:], groups
         )
 
-    limit = crossover_of(x.detach(), weight, geometry, work, dense, events)
+    limit = crossover_of(x.detach(), weight, geometry, work, reads_in_place, dense, events)
     if density >= limit:
         decision_of(owner).update(False, density, limit)
         return None

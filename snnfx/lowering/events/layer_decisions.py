@@ -23,7 +23,7 @@ from snnfx.lowering.elementwise.cpp.build import find_compiler
 from snnfx.lowering.events.crossovers import crossover
 from snnfx.lowering.events.event_gradients import dense_gradient, gradient_by_events
 from snnfx.lowering.events.event_kernel import build, fits_lists
-from snnfx.lowering.events.few_rows import build_few_rows, has_few_rows
+from snnfx.lowering.events.few_rows import build_few_rows
 from snnfx.lowering.events.few_rows_gradients import build_gradients
 from snnfx.lowering.events.geometry import LINEAR, Geometry, convolution
 from snnfx.lowering.events.matrix_kernel import build_matrix_products
@@ -154,11 +154,13 @@ def crossover_of(
     weight: Tensor,
     geometry: Geometry,
     work: int,
+    reads_in_place: bool,
     dense: Callable[[Tensor], Tensor],
     events: Callable[[Tensor], Tensor | None],
 ) -> float:
     """The crossover for the shape of a call; batches whose sizes have the same number of bits share one."""
-    return crossover(*_example(x, weight, geometry, work), dense, events)
+    key, example = _example(x, weight, geometry, work)
+    return crossover((*key, "in place" if reads_in_place else "packed"), example, dense, events)
 
 
 def gradient_crossover_of(x: Tensor, weight: Tensor, geometry: Geometry, work: int) -> float:
@@ -191,7 +193,6 @@ def gradient_crossover_of(x: Tensor, weight: Tensor, geometry: Geometry, work: i
 def _example(x: Tensor, weight: Tensor, geometry: Geometry, work: int) -> tuple[tuple[object, ...], Tensor]:
     """The key of the crossover of a call, and a part of its input for a measurement."""
     batch = x.shape[0] if geometry.dims else math.prod(x.shape[:-1])
-    way = "few rows" if geometry.dims == 0 and has_few_rows(batch, weight) else "packed"
     key = (
         geometry,
         tuple(weight.shape),
@@ -199,7 +200,6 @@ def _example(x: Tensor, weight: Tensor, geometry: Geometry, work: int) -> tuple[
         batch.bit_length(),
         x.dtype,
         x.is_contiguous(),
-        way,
     )
     part = max(1, min(batch, batch * _CALIBRATION_WORK // work))
     return key, x.reshape(batch, x.shape[-1])[:part] if geometry.dims == 0 else x[:part]

@@ -127,8 +127,9 @@ class SpikeReader:
         if not has_kernel(spikes.dtype.itemsize):
             return None
         packed_bias = None if bias is None else bias.detach().contiguous()
-        limit = self._crossover(shape, spikes.dtype, weight, packed_bias, geometry, work)
-        if geometry.dims == 0 and has_few_rows(positions, weight):
+        in_place = geometry.dims == 0 and has_few_rows(positions, weight)
+        limit = self._crossover(shape, spikes.dtype, weight, packed_bias, geometry, work, in_place)
+        if in_place:
             return _Reading(state, weight, operations, FewRowsOfBits(spikes.shape, weight), limit)
         packed = packed_weight(weight, geometry.groups)
         if not packed.is_finite:
@@ -152,6 +153,7 @@ class SpikeReader:
         bias: Tensor | None,
         geometry: Geometry,
         work: int,
+        in_place: bool,
     ) -> float:
         """The crossover; bits and numbers share one."""
         x = torch.empty(shape, dtype=dtype, device="cpu")
@@ -159,11 +161,11 @@ class SpikeReader:
             x = x.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
 
         def events(x: Tensor) -> Tensor | None:
-            if geometry.dims == 0 and has_few_rows(len(x), weight):
+            if in_place:
                 return product_of_few_rows(x, weight, bias)
             return product(x, geometry, weight.shape[0], packed_weight(weight, geometry.groups).tiles, bias)
 
-        return crossover_of(x, weight, geometry, work, self.layer.forward, events)
+        return crossover_of(x, weight, geometry, work, in_place, self.layer.forward, events)
 
 
 class _Reading:
