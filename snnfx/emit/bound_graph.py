@@ -24,6 +24,7 @@ from snnfx.emit.norm_tails import FusedTails, find_tails
 from snnfx.functional import multi_step_forward, seq_to_ann_forward
 from snnfx.ir.program import SELF_TARGET
 from snnfx.lowering.choices.image_formats import convolve, fastest_format
+from snnfx.lowering.choices.linear_layers import linear
 from snnfx.lowering.elementwise.lowered_step import LoweredStep
 from snnfx.lowering.events.event_layers import call_layer_by_events
 from snnfx.lowering.events.spike_bits import SpikeBits
@@ -44,6 +45,9 @@ from snnfx.sandbox.torch_internals import function_from_source
 from snnfx.state.leaf_modules import takes_sequence
 
 __all__ = ["BoundGraph", "bind_graph"]
+
+_LEAST_WEIGHTS = 1 << 13
+"""Elements of the weight of a linear layer from which on the faster library may compute it."""
 
 _RESET = "None"
 """The text of the reset state."""
@@ -473,7 +477,9 @@ class _Binder:
 
     def _linear(self, module: nn.Module, x: str) -> str:
         parameters = self._constant(module._parameters)
-        return f"{self._constant(functional.linear)}({x}, {parameters}['weight'], {parameters}['bias'])"
+        weight: Any = module._parameters.get("weight")
+        function = functional.linear if weight is None or weight.numel() < _LEAST_WEIGHTS else linear
+        return f"{self._constant(function)}({x}, {parameters}['weight'], {parameters}['bias'])"
 
     def _is_split(self, images: Any) -> bool:
         """Whether only a plain convolution reads images in its fastest format."""

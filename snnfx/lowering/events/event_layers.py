@@ -9,9 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
+from snnfx.lowering.choices.linear_layers import linear
 from snnfx.lowering.events.event_gradients import Gradients, differentiable_product
 from snnfx.lowering.events.event_kernel import estimate_density, product
 from snnfx.lowering.events.few_rows import has_few_rows, product_of_few_rows
@@ -50,6 +51,8 @@ def call_layer_by_events(layer: Any, x: Any) -> Any:
     if not is_plain_call(layer):
         return call_leaf(layer, x)
     y = _with_weight(layer, x, layer.weight, layer.bias, layer.weight)
+    if y is None and type(layer) is nn.Linear and is_plain_mode():
+        return linear(x, layer.weight, layer.bias)
     return call_leaf(layer, x) if y is None else y
 
 
@@ -161,7 +164,7 @@ def _product(
 
     def dense(x: Tensor) -> Tensor:
         if geometry.dims == 0:
-            return function(x, weight, bias)
+            return linear(x, weight, bias)
         keep = 3 - geometry.dims
         return function(
             x, weight, bias, geometry.stride[keep:], geometry.padding[keep:], geometry.dilation[keep:], groups
@@ -200,5 +203,5 @@ def _in_place(
     y = product_of_few_rows(x.detach(), weight.detach(), packed_bias)
     if y is None:
         return None
-    gradients = Gradients.FEW_ROWS if choose_gradients(x.numel() // x.shape[-1], weight) else Gradients.DENSE
+    gradients = Gradients.FEW_ROWS if choose_gradients(x, weight) else Gradients.DENSE
     return differentiable_product(lambda _: y, x, weight, bias, LINEAR, gradients)

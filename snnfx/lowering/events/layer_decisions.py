@@ -19,6 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from snnfx.errors import warn_once
 from snnfx.lowering.aten_recording import LoweringRefused
+from snnfx.lowering.choices.linear_layers import gradients_by_one_dnn, product_by_one_dnn
 from snnfx.lowering.elementwise.cpp.build import find_compiler
 from snnfx.lowering.events.crossovers import crossover
 from snnfx.lowering.events.event_gradients import dense_gradient, gradient_by_events
@@ -160,11 +161,13 @@ def crossover_of(
 ) -> float:
     """The crossover for the shape of a call; batches whose sizes have the same number of bits share one."""
     key, example = _example(x, weight, geometry, work)
-    return crossover((*key, "in place" if reads_in_place else "packed"), example, dense, events)
+    way = "in place" if reads_in_place else "packed"
+    return crossover((*key, way, geometry.dims == 0 and product_by_one_dnn(x, weight)), example, dense, events)
 
 
 def gradient_crossover_of(x: Tensor, weight: Tensor, geometry: Geometry, work: int) -> float:
     """The crossover of the gradient of the weight."""
+    by_one_dnn = geometry.dims == 0 and gradients_by_one_dnn(x, weight)[1]
     key, example = _example(x.detach(), weight, geometry, work)
     weight = weight.detach()
 
@@ -183,9 +186,9 @@ def gradient_crossover_of(x: Tensor, weight: Tensor, geometry: Geometry, work: i
         return grads[0]
 
     return crossover(
-        (*key, "gradient"),
+        (*key, "gradient", by_one_dnn),
         example,
-        lambda x: dense_gradient(grad(x), x, weight, geometry),
+        lambda x: dense_gradient(grad(x), x, weight, geometry, by_one_dnn),
         lambda x: gradient_by_events(grad(x), x, weight, geometry),
     )
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from snnfx.lowering.choices.linear_layers import linear
 from snnfx.lowering.choices.permission import pinned_by
 from snnfx.lowering.events.event_kernel import ProductOfBits, Refusal, product
 from snnfx.lowering.events.few_rows import FewRowsOfBits, has_few_rows, product_of_few_rows
@@ -145,6 +146,10 @@ class SpikeReader:
         if self.flattens:
             yield _flattening
 
+    def _dense(self, x: Tensor) -> Tensor:
+        layer: Any = self.layer
+        return linear(x, layer.weight, layer.bias) if type(layer) is nn.Linear else layer.forward(x)  # type: ignore[no-any-return]
+
     def _crossover(
         self,
         shape: tuple[int, ...],
@@ -165,7 +170,7 @@ class SpikeReader:
                 return product_of_few_rows(x, weight, bias)
             return product(x, geometry, weight.shape[0], packed_weight(weight, geometry.groups).tiles, bias)
 
-        return crossover_of(x, weight, geometry, work, in_place, self.layer.forward, events)
+        return crossover_of(x, weight, geometry, work, in_place, self._dense, events)
 
 
 class _Reading:
