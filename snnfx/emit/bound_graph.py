@@ -350,11 +350,11 @@ class _Binder:
         return child
 
     def _same_children(self, owner: nn.Module) -> tuple[str, str]:
-        """Conditions that a module has the same children."""
+        """Conditions that a module has the same children under the same names."""
         children = self._constant(owner._modules)
         return (
             f"{self._constant(vars(owner))}['_modules'] is {children}",
-            f"[*{children}.values()] == {self._constant([*owner._modules.values()])}",
+            f"{children} == {self._constant(dict(owner._modules))}",
         )
 
     def _is_plain_loop(self, node: Node) -> bool:

@@ -112,7 +112,7 @@ def _operands(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
 
 def _is_small(x: Tensor, weight: Tensor) -> bool:
     """Whether a call surely has too little work: at most one multiplication of each input by output and tap."""
-    return x.numel() * weight.numel() < LEAST_WORK * weight.shape[1]
+    return weight.dim() < 2 or x.numel() * weight.numel() < LEAST_WORK * weight.shape[1]
 
 
 def _with_weight(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None, owner: Tensor) -> Tensor | None:

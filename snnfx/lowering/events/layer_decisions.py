@@ -111,9 +111,7 @@ def latest_decision(weight: Tensor) -> Decision | None:
 def decision_of(weight: Tensor) -> Decision:
     """The decision that calls with a weight update."""
     found: Decision | None = _decisions.get(weight)
-    if found is None:
-        found = _decisions[weight] = Decision(False, 0.0, None)
-    return found
+    return _decisions.setdefault(weight, Decision(False, 0.0, None)) if found is None else found
 
 
 def is_plain_call(layer: Any) -> bool:
@@ -213,12 +211,15 @@ def is_supported(
     for tensor in (weight, bias):
         if tensor is not None and (tensor.dtype != dtype or not tensor.is_cpu or tensor.layout is not torch.strided):
             return False
-    dims, channels = geometry.dims, weight.shape[1]
-    if len(shape) < 2 or (dims and len(shape) != dims + 2):
+    dims = geometry.dims
+    if weight.dim() != dims + 2 or len(shape) < 2 or (dims and len(shape) != dims + 2):
         return False
-    if shape[1 if dims else -1] != channels * geometry.groups:
+    outputs, channels = weight.shape[:2]
+    if shape[1 if dims else -1] != channels * geometry.groups or (bias is not None and bias.shape != (outputs,)):
+        return False  # a linear layer broadcasts a bias of another shape; torch refuses all other mismatches
+    if min(geometry.output_size(geometry.size_of(shape))) < 1:
         return False
-    outputs_of_group = weight.shape[0] // geometry.groups
+    outputs_of_group = outputs // geometry.groups
     if outputs_of_group < _LEAST_OUTPUTS or not fits_lists(geometry, channels):
         return False
     return bool(torch.ops.aten.is_non_overlapping_and_dense(weight))
