@@ -24,6 +24,7 @@ from snnfx.lowering.events.layer_decisions import (
     PLAIN,
     crossover_of,
     decision_of,
+    forget_decision,
     geometry_of_layer,
     geometry_of_settings,
     gradient_crossover_of,
@@ -48,6 +49,7 @@ def call_layer_by_events(layer: Any, x: Any) -> Any:
     if torch.compiler.is_compiling() or type(x) is not Tensor or _is_small(x, layer.weight):
         return call_leaf(layer, x)
     if not is_plain_call(layer):
+        forget_decision(layer.weight)
         return call_leaf(layer, x)
     y = _with_weight(layer, x, layer.weight, layer.bias, layer.weight)
     return call_leaf(layer, x) if y is None else y
@@ -133,9 +135,14 @@ def _product(
     owner: Tensor,
 ) -> Tensor | None:
     """The product by events; None if it has to run densely."""
-    if geometry is None or not x.is_cpu or x.layout is not torch.strided or not is_plain_mode():
-        return None
-    if not is_supported(x.shape, x.dtype, weight, bias, geometry):
+    if (
+        geometry is None
+        or not x.is_cpu
+        or x.layout is not torch.strided
+        or not is_plain_mode()
+        or not is_supported(x.shape, x.dtype, weight, bias, geometry)
+    ):
+        forget_decision(owner)
         return None
     tensors = (x, weight) if bias is None else (x, weight, bias)
     differentiates = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
@@ -143,7 +150,10 @@ def _product(
     positions = positions_of(x.shape, geometry)
     work, reads_in_place = positions * weight.numel(), geometry.dims == 0 and has_few_rows(positions, weight)
     may_pack = not differentiates or positions >= _LEAST_TRAINED_POSITIONS
-    if work < LEAST_WORK or not (may_pack or reads_in_place) or not has_kernel(x.element_size()):
+    if work < LEAST_WORK:
+        return None
+    if not (may_pack or reads_in_place) or not has_kernel(x.element_size()):
+        forget_decision(owner)
         return None
     if not torch.ops.aten.is_non_overlapping_and_dense(x):
         x = x.contiguous()

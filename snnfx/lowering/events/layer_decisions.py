@@ -43,6 +43,7 @@ __all__ = [
     "Decision",
     "crossover_of",
     "decision_of",
+    "forget_decision",
     "geometry_of_layer",
     "geometry_of_settings",
     "gradient_crossover_of",
@@ -86,16 +87,19 @@ class Decision:
         density: the estimated fraction of inputs that are not zero.
         crossover: the density below which the layer runs by events; None: it is so dense that this was not asked for.
         is_finite: whether the weight is finite, as far as that was checked.
+        is_known: whether the latest call decided at all.
     """
 
     by_events: bool
     density: float
     crossover: float | None
     is_finite: bool = True
+    is_known: bool = True
 
     def update(self, by_events: bool, density: float, crossover: float | None, is_finite: bool = True) -> None:
         """Record a call."""
         self.by_events, self.density, self.crossover, self.is_finite = by_events, density, crossover, is_finite
+        self.is_known = True
 
 
 _decisions: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -103,15 +107,22 @@ _decisions: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def latest_decision(weight: Tensor) -> Decision | None:
-    """How the latest call with a weight ran; None if there was none, or it was too small for a decision."""
+    """How the latest call with a weight ran, except for small ones; None if there was none, or it was not plain."""
     found: Decision | None = _decisions.get(weight)
-    return None if found is None else replace(found)
+    return replace(found) if found is not None and found.is_known else None
 
 
 def decision_of(weight: Tensor) -> Decision:
     """The decision that calls with a weight update."""
     found: Decision | None = _decisions.get(weight)
-    return _decisions.setdefault(weight, Decision(False, 0.0, None)) if found is None else found
+    return _decisions.setdefault(weight, Decision(False, 0.0, None, is_known=False)) if found is None else found
+
+
+def forget_decision(weight: Tensor) -> None:
+    """Note that the latest call with a weight ran densely without a decision."""
+    found: Decision | None = _decisions.get(weight)
+    if found is not None:
+        found.is_known = False
 
 
 def is_plain_call(layer: Any) -> bool:

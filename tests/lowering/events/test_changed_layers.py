@@ -171,3 +171,33 @@ def test_a_linear_layer_takes_a_weight_of_one_dimension() -> None:
     layer: Any = model[-1]
     layer.weight, layer.bias = nn.Parameter(torch.rand(8192, dtype=torch.float64)), None
     check(model, net, x_seq)
+
+
+@pytest.mark.parametrize("make", [convolutional, flat, few_rows])
+def test_a_net_of_another_dtype_writes_numbers(make: Callable[[], nn.Sequential]) -> None:
+    model, net, x_seq = running(make)
+    net.to(torch.bfloat16)
+    with torch.no_grad():
+        for _ in range(4):
+            assert net(x_seq.bfloat16()).dtype == torch.bfloat16
+    assert latest_decision(model[-1].weight) is None  # type: ignore[arg-type]
+    assert "ran by events" not in str(snnfx.explain(net))
+    net.to(torch.float64)
+    check(model, net, x_seq)
+    assert "ran by events" in str(snnfx.explain(net))
+
+
+@pytest.mark.parametrize("make", [convolutional, flat, few_rows])
+def test_explain_knows_calls_that_did_not_decide(make: Callable[[], nn.Sequential]) -> None:
+    model, net, x_seq = running(make)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        net(x_seq)
+    assert latest_decision(model[-1].weight) is None  # type: ignore[arg-type]
+    with torch.no_grad():
+        net(x_seq)
+    assert "ran by events" in str(snnfx.explain(net))
+    handle = model[-1].register_forward_hook(lambda *_: None)
+    with torch.no_grad():
+        net(x_seq)
+    handle.remove()
+    assert latest_decision(model[-1].weight) is None  # type: ignore[arg-type]
