@@ -251,7 +251,7 @@ class BoundStep:
         """The operands of the forward kernel; None if they have another layout than it was bound to."""
         kept, places = self._kept_views, None
         if self._operands_are_views:
-            places = [(c.data_ptr(), c.shape, c.stride()) for c in constants]
+            places = [(c.data_ptr(), c.shape, c.stride(), c.dtype) for c in constants]
             if kept is not None and kept[1] == places and all(map(operator.is_, kept[0], constants)):
                 return kept[2]
         operands = self._operands(self.source, constants)
