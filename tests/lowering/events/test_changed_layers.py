@@ -201,3 +201,31 @@ def test_explain_knows_calls_that_did_not_decide(make: Callable[[], nn.Sequentia
         net(x_seq)
     handle.remove()
     assert latest_decision(model[-1].weight) is None  # type: ignore[arg-type]
+
+
+def small() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(12, 32), snnfx.neuron.LIFNode(v_threshold=0.4), nn.Linear(32, 16)).double()
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_parameter_that_becomes_an_attribute_is_read(name: str) -> None:
+    torch.manual_seed(0)
+    model, x_seq = small(), torch.rand(6, 4, 12, dtype=torch.float64) * 2
+    net = snnfx.convert(model, example_inputs=x_seq[0])
+    check(model, net, x_seq)
+    given = getattr(model[2], name).detach() * 2
+    delattr(model[2], name)
+    setattr(model[2], name, given)
+    check(model, net, x_seq)
+
+
+@pytest.mark.parametrize("sizes", [(16, 16), (256, 256)])
+def test_a_linear_layer_reads_the_lines_of_images(sizes: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    inputs, outputs = sizes
+    model = nn.Sequential(
+        nn.Conv2d(3, 64, 3, padding=1), snnfx.neuron.LIFNode(v_threshold=0.4), nn.Linear(inputs, outputs)
+    ).double()
+    x_seq = torch.rand(3, 2, 3, 8, inputs, dtype=torch.float64) * 2
+    net = snnfx.convert(model, example_inputs=x_seq[0])
+    check(model, net, x_seq)
