@@ -56,15 +56,18 @@ def convolution(weight: Tensor, stride: object, padding: object, dilation: objec
         None if its padding differs between the two sides, or torch refuses a setting.
     """
     dims = weight.dim() - 2
+    if not 1 <= dims <= 3:
+        return None
     steps, spread, kernel = integers(stride, dims, 1), integers(dilation, dims, 1), tuple(weight.shape[2:])
-    if steps is None or spread is None:
+    if steps is None or spread is None or not isinstance(groups, int) or groups < 1 or weight.shape[0] % groups:
         return None
     margin: tuple[int, ...] | None
     if padding == "valid":
         margin = (0,) * dims
     elif padding == "same":
         total = [d * (k - 1) for d, k in zip(spread, kernel, strict=True)]
-        margin = None if any(n % 2 for n in total) else tuple(n // 2 for n in total)
+        is_even = all(n % 2 == 0 for n in total) and all(s == 1 for s in steps)
+        margin = tuple(n // 2 for n in total) if is_even else None
     else:
         margin = integers(padding, dims, 0)
     if margin is None:

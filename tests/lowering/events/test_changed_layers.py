@@ -114,11 +114,30 @@ def test_a_pooling_takes_the_settings_that_torch_takes(name: str, value: object)
         ("padding", "other"),
         ("dilation", 9),
         ("dilation", 0),
+        ("groups", 0),
+        ("groups", -1),
+        ("groups", 2),
     ],
 )
 def test_a_convolution_takes_the_settings_that_torch_takes(name: str, value: object) -> None:
     model, net, x_seq = running(convolutional)
     setattr(model[3], name, value)
+    check(model, net, x_seq)
+
+
+def test_a_convolution_with_steps_takes_no_equal_padding() -> None:
+    model, net, x_seq = running(convolutional)
+    layer: Any = model[3]
+    layer.stride, layer.padding = 2, "same"
+    check(model, net, x_seq)
+
+
+@pytest.mark.parametrize("outputs", [63, 64])
+def test_outputs_that_groups_do_not_share_raise_as_in_torch(outputs: int) -> None:
+    model, net, x_seq = running(convolutional)
+    layer: Any = model[3]
+    layer.groups, layer.bias = 2, None
+    layer.weight = nn.Parameter(torch.randn(outputs, 64, 3, 3, dtype=torch.float64))
     check(model, net, x_seq)
 
 
@@ -228,4 +247,12 @@ def test_a_linear_layer_reads_the_lines_of_images(sizes: tuple[int, int]) -> Non
     ).double()
     x_seq = torch.rand(3, 2, 3, 8, inputs, dtype=torch.float64) * 2
     net = snnfx.convert(model, example_inputs=x_seq[0])
+    check(model, net, x_seq)
+
+
+@pytest.mark.parametrize("sizes", [(64, 128), (64, 128, 3), (64, 128, 3, 3, 3, 3)])
+def test_a_convolution_with_a_weight_of_other_dimensions_raises_as_in_torch(sizes: tuple[int, ...]) -> None:
+    model, net, x_seq = running(convolutional)
+    layer: Any = model[3]
+    layer.weight = nn.Parameter(torch.rand(sizes, dtype=torch.float64))
     check(model, net, x_seq)

@@ -42,9 +42,7 @@ def close(actual: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", ["ones", "numbers", "negative zeros", "dense"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_product_of_few_rows_equals_the_dense_one(
-    shape: tuple[int, int, int], kind: str, dtype: torch.dtype
-) -> None:
+def test_a_product_of_few_rows_equals_the_dense_one(shape: tuple[int, int, int], kind: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     rows, inputs, outputs = shape
     x, weight = spikes(rows, inputs, dtype, kind), torch.randn(outputs, inputs, dtype=dtype)
