@@ -354,11 +354,11 @@ class _Binder:
         return child
 
     def _same_children(self, owner: nn.Module) -> tuple[str, str]:
-        """Conditions that a module has the same children."""
+        """Conditions that a module has the same children under the same names."""
         children = self._constant(owner._modules)
         return (
             f"{self._constant(vars(owner))}['_modules'] is {children}",
-            f"[*{children}.values()] == {self._constant([*owner._modules.values()])}",
+            f"{children} == {self._constant(dict(owner._modules))}",
         )
 
     def _is_plain_loop(self, node: Node) -> bool:
@@ -419,16 +419,16 @@ class _Binder:
             if freed:
                 self.lines.append(f"{' = '.join(dict.fromkeys(freed))} = None")
             if reader is not None and n.target is call_layer_by_events:
-                self._read_bits(reader, sequences[0], self.values[n], before)
+                self._read_bits(reader, sequences[0], n, before)
                 reader = None
 
-    def _read_bits(self, reader: SpikeReader, x: str, y: str, before: int) -> None:
-        """Let a reader compute `y`, and the lines from `before` on only where it does not."""
+    def _read_bits(self, reader: SpikeReader, x: str, node: Node, before: int) -> None:
+        """Let a reader compute a call of its layer, and the lines from `before` on only where it does not."""
         self.called[id(reader.layer)] = reader.layer
-        name, lines = self._constant(reader), self.lines[before:]
+        name, y, lines = self._constant(reader), self.values[node], self.lines[before:]
         if type(reader.layer) is nn.Linear and not reader.pools and not reader.flattens:
-            folded, call = lines[0].split(" = ", 1)[0], lines[1].removeprefix(f"{y} = ")
-            lines[1] = f"{y} = {self._linear(reader.layer, folded)} if {name}.is_idle else {call}"
+            dense = f"{y} = {self._linear(reader.layer, self._text(node.args[1]))} if {name}.is_idle else "
+            lines = [dense + line.removeprefix(f"{y} = ") if line.startswith(f"{y} = ") else line for line in lines]
         self.lines[before:] = [
             f"{y} = {name}({x}) if type({x}) is SpikeBits else None",
             f"if {y} is None:",
@@ -479,6 +479,8 @@ class _Binder:
         parameters = self._constant(module._parameters)
         weight: Any = module._parameters.get("weight")
         function = functional.linear if weight is None or weight.numel() < _LEAST_WEIGHTS else linear
+        # A tensor that is assigned after `del layer.weight` is an attribute.
+        self.conditions.append(f"'weight' in {parameters} and 'bias' in {parameters}")
         return f"{self._constant(function)}({x}, {parameters}['weight'], {parameters}['bias'])"
 
     def _is_split(self, images: Any) -> bool:

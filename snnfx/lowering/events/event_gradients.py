@@ -48,6 +48,8 @@ def differentiable_product(
         x, weight, bias, geometry: the operands.
         gradients: how the gradients run, unless they are themselves differentiated or batched.
     """
+    if geometry.dims == 0:
+        weight = weight.view_as(weight)  # as torch saves it: another `weight.data` before backward changes nothing
     y: Tensor = _EventProduct.apply(compute, x, weight, bias, geometry, gradients)
     return y
 

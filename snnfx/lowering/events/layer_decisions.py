@@ -45,6 +45,7 @@ __all__ = [
     "Decision",
     "crossover_of",
     "decision_of",
+    "forget_decision",
     "geometry_of_layer",
     "geometry_of_settings",
     "gradient_crossover_of",
@@ -88,16 +89,19 @@ class Decision:
         density: the estimated fraction of inputs that are not zero.
         crossover: the density below which the layer runs by events; None: it is so dense that this was not asked for.
         is_finite: whether the weight is finite, as far as that was checked.
+        is_known: whether the latest call decided at all.
     """
 
     by_events: bool
     density: float
     crossover: float | None
     is_finite: bool = True
+    is_known: bool = True
 
     def update(self, by_events: bool, density: float, crossover: float | None, is_finite: bool = True) -> None:
         """Record a call."""
         self.by_events, self.density, self.crossover, self.is_finite = by_events, density, crossover, is_finite
+        self.is_known = True
 
 
 _decisions: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -105,17 +109,22 @@ _decisions: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def latest_decision(weight: Tensor) -> Decision | None:
-    """How the latest call with a weight ran; None if there was none, or it was too small for a decision."""
+    """How the latest call with a weight ran, except for small ones; None if there was none, or it was not plain."""
     found: Decision | None = _decisions.get(weight)
-    return None if found is None else replace(found)
+    return replace(found) if found is not None and found.is_known else None
 
 
 def decision_of(weight: Tensor) -> Decision:
     """The decision that calls with a weight update."""
     found: Decision | None = _decisions.get(weight)
-    if found is None:
-        found = _decisions[weight] = Decision(False, 0.0, None)
-    return found
+    return _decisions.setdefault(weight, Decision(False, 0.0, None, is_known=False)) if found is None else found
+
+
+def forget_decision(weight: Tensor) -> None:
+    """Note that the latest call with a weight ran densely without a decision."""
+    found: Decision | None = _decisions.get(weight)
+    if found is not None:
+        found.is_known = False
 
 
 def is_plain_call(layer: Any) -> bool:
@@ -217,12 +226,15 @@ def is_supported(
     for tensor in (weight, bias):
         if tensor is not None and (tensor.dtype != dtype or not tensor.is_cpu or tensor.layout is not torch.strided):
             return False
-    dims, channels = geometry.dims, weight.shape[1]
-    if len(shape) < 2 or (dims and len(shape) != dims + 2):
+    dims = geometry.dims
+    if weight.dim() != dims + 2 or len(shape) < 2 or (dims and len(shape) != dims + 2):
         return False
-    if shape[1 if dims else -1] != channels * geometry.groups:
+    outputs, channels = weight.shape[:2]
+    if shape[1 if dims else -1] != channels * geometry.groups or (bias is not None and bias.shape != (outputs,)):
+        return False  # a linear layer broadcasts a bias of another shape; torch refuses all other mismatches
+    if min(geometry.output_size(geometry.size_of(shape))) < 1:
         return False
-    outputs_of_group = weight.shape[0] // geometry.groups
+    outputs_of_group = outputs // geometry.groups
     if outputs_of_group < _LEAST_OUTPUTS or not fits_lists(geometry, channels):
         return False
     return bool(torch.ops.aten.is_non_overlapping_and_dense(weight))

@@ -6,6 +6,7 @@ by events. A reader that has to run densely returns None; the caller then gives 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -33,6 +34,7 @@ from snnfx.lowering.events.layer_decisions import (
 )
 from snnfx.lowering.events.packed_weights import packed_weight, state_of
 from snnfx.lowering.events.spike_bits import Flattening, MaxPooling, Operation, SpikeBits
+from snnfx.lowering.window_settings import integers
 
 __all__ = ["SpikeReader"]
 
@@ -192,7 +194,8 @@ class _Reading:
         compute: ProductOfBits | FewRowsOfBits,
         limit: float,
     ) -> None:
-        self.state, self.weight, self.limit = state, weight, limit
+        self.state = copy.deepcopy(state)  # settings may be lists, which change in place
+        self.weight, self.limit = weight, limit
         self.operations, self.compute = [operation.of_words for operation in operations], compute
         self.decision = decision_of(weight)
 
@@ -225,20 +228,15 @@ def _flattening(spikes: SpikeBits) -> Flattening | None:
 
 
 def _max_pooling(pool: Any, spikes: SpikeBits) -> MaxPooling | None:
-    """A max-pooling of bits; None if it is of another kind."""
+    """A max-pooling of bits; None if it is of another kind, or torch refuses it."""
     is_image = spikes.is_channels_last and len(spikes.shape) == 5 and spikes.shape[2] % 64 == 0
-    kernel, stride = _pair(pool.kernel_size), _pair(pool.stride)
-    padding, dilation = _pair(pool.padding), _pair(pool.dilation)
-    if not is_image or pool.ceil_mode or pool.return_indices or dilation != (1, 1):
+    kernel, padding = integers(pool.kernel_size, 2, 1), integers(pool.padding, 2, 0)
+    stride = kernel if pool.stride in (None, (), []) else integers(pool.stride, 2, 1)
+    if not is_image or pool.ceil_mode or pool.return_indices or integers(pool.dilation, 2, 1) != (1, 1):
         return None
-    # torch refuses more padding; the dense call raises its error
-    return MaxPooling(spikes, kernel, stride, padding) if all(map(_is_half, padding, kernel)) else None
-
-
-def _is_half(padding: int, kernel: int) -> bool:
-    return 2 * padding <= kernel
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    height, width = (value, value) if isinstance(value, int) else value
-    return int(height), int(width)
+    if kernel is None or stride is None or padding is None:
+        return None
+    for size, k, p in zip(spikes.shape[3:], kernel, padding, strict=True):
+        if 2 * p > k or size + 2 * p < k:
+            return None
+    return MaxPooling(spikes, kernel, stride, padding)
