@@ -67,7 +67,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     by_one_dnn = choice.name == "oneDNN", *_choose_gradients(x, weight)
     if not any(by_one_dnn):
         return functional.linear(x, weight, bias)
-    y: Tensor = _Linear.apply(x, weight, bias, by_one_dnn)
+    # A view is saved, as by torch: another `weight.data` before the backward pass changes nothing.
+    y: Tensor = _Linear.apply(x, weight.view_as(weight), bias, by_one_dnn)
     return y
 
 
