@@ -25,13 +25,12 @@ __all__ = [
     "gradients_of_linear",
     "latest_linear_choice",
     "linear",
-    "product_by_one_dnn",
 ]
 
 LIBRARIES = Fastest("linear_layers", ("torch", "oneDNN"))
 
-_LEAST_WORK = 1 << 19
-"""Multiplications from which on a call takes longer than its decision."""
+_LEAST_WORK = 1 << 22
+"""Multiplications from which on the faster library saves much more time than the decision takes."""
 
 _MOST_MEASURED = 1 << 30
 """Multiplications of a measured product, at most; more rows take as many times as long."""
@@ -70,13 +69,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     # A view is saved, as by torch: another `weight.data` before the backward pass changes nothing.
     y: Tensor = _Linear.apply(x, weight.view_as(weight), bias, by_one_dnn)
     return y
-
-
-def product_by_one_dnn(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN is faster for the product of a linear layer."""
-    if x.numel() * weight.shape[0] < _LEAST_WORK or not _is_supported(x, weight, None):
-        return False
-    return _choose("product", x.numel() // weight.shape[1], weight.shape[1], weight.shape[0]).name == "oneDNN"
 
 
 def gradients_by_one_dnn(x: Tensor, weight: Tensor) -> tuple[bool, bool]:
@@ -124,16 +116,20 @@ def forget_linear_choices() -> None:
 
 
 def _is_supported(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    tensors = (x, weight) if bias is None else (x, weight, bias)
+    if bias is not None and not (_is_plain(bias) and bias.shape == weight.shape[:1]):
+        return False
     return (
-        all(type(t) in _PLAIN and t.dtype is torch.float32 and t.is_cpu and t.is_contiguous() for t in tensors)
+        _is_plain(x)
+        and _is_plain(weight)
         and weight.dim() == 2
         and x.shape[-1] == weight.shape[1]
-        and (bias is None or bias.shape == weight.shape[:1])
-        and has_one_dnn_linear()
         and torch.get_float32_matmul_precision() == "highest"
-        and not any(t.is_neg() for t in tensors)
+        and has_one_dnn_linear()
     )
+
+
+def _is_plain(x: Tensor) -> bool:
+    return type(x) in _PLAIN and x.dtype is torch.float32 and x.is_cpu and x.is_contiguous() and not x.is_neg()
 
 
 def _choose_gradients(x: Tensor, weight: Tensor) -> tuple[bool, bool]:

@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from snnfx.errors import warn_once
 from snnfx.lowering.aten_recording import LoweringRefused
-from snnfx.lowering.choices.linear_layers import gradients_by_one_dnn, product_by_one_dnn
+from snnfx.lowering.choices.linear_layers import gradients_by_one_dnn
 from snnfx.lowering.elementwise.cpp.build import find_compiler
 from snnfx.lowering.events.crossovers import crossover
 from snnfx.lowering.events.event_gradients import dense_gradient, gradient_by_events
@@ -76,6 +76,9 @@ _LEAST_OUTPUTS = 8
 
 _CALIBRATION_WORK = 1 << 29
 """Multiplications of one dense call of a calibration, about."""
+
+_DENSE_WAY = ("faster library",)
+"""Part of the keys of crossovers: how the dense products are computed that they are compared with."""
 
 PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 
@@ -170,15 +173,13 @@ def crossover_of(
 ) -> float:
     """The crossover for the shape of a call; batches whose sizes have the same number of bits share one."""
     key, example = _example(x, weight, geometry, work)
-    way = "in place" if reads_in_place else "packed"
-    return crossover((*key, way, geometry.dims == 0 and product_by_one_dnn(x, weight)), example, dense, events)
+    return crossover((*key, "in place" if reads_in_place else "packed", *_DENSE_WAY), example, dense, events)
 
 
 def gradient_crossover_of(x: Tensor, weight: Tensor, geometry: Geometry, work: int) -> float:
     """The crossover of the gradient of the weight."""
-    by_one_dnn = geometry.dims == 0 and gradients_by_one_dnn(x, weight)[1]
     key, example = _example(x.detach(), weight, geometry, work)
-    weight = weight.detach()
+    layer, weight = weight, weight.detach()
 
     def grad_of(x: Tensor) -> Tensor:
         if geometry.dims == 0:
@@ -194,10 +195,14 @@ def gradient_crossover_of(x: Tensor, weight: Tensor, geometry: Geometry, work: i
             grads.append(grad_of(x))
         return grads[0]
 
+    def dense(given: Tensor) -> Tensor:
+        by_one_dnn = geometry.dims == 0 and gradients_by_one_dnn(x, layer)[1]
+        return dense_gradient(grad(given), given, weight, geometry, by_one_dnn)
+
     return crossover(
-        (*key, "gradient", by_one_dnn),
+        (*key, "gradient", *_DENSE_WAY),
         example,
-        lambda x: dense_gradient(grad(x), x, weight, geometry, by_one_dnn),
+        dense,
         lambda x: gradient_by_events(grad(x), x, weight, geometry),
     )
 
