@@ -159,11 +159,14 @@ _MAX_AUTOGRAD_LEVELS = 64
 
 def has_one_dnn_linear() -> bool:
     """Whether `linear_by_one_dnn` works in this build of torch, and oneDNN is not switched off."""
-    return _linear_pointwise is not None and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    return (
+        _linear_pointwise is not None and torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+    )
 
 
 def linear_by_one_dnn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """`torch.nn.functional.linear` of float32 matrices by oneDNN; row-major or transposed ones, without gradients."""
+    assert _linear_pointwise is not None
     y: torch.Tensor = _linear_pointwise.default(x, weight, bias, "none", [], "")
     return y
 

@@ -42,7 +42,7 @@ _decided: dict[tuple[object, ...], Choice] = {}
 
 _MOST_DECIDED = 4096
 
-_latest: dict[tuple[int, int], Choice] = {}
+_latest: dict[tuple[int, ...], Choice] = {}
 """Choices of the latest forward products, by the shape of the weight."""
 
 
@@ -103,7 +103,7 @@ def gradients_of_linear(
     return of_input, of_weight, of_bias
 
 
-def latest_linear_choice(shape: tuple[int, int]) -> Choice | None:
+def latest_linear_choice(shape: tuple[int, ...]) -> Choice | None:
     """The choice of the latest call of a layer whose weight has this shape; None if there was none."""
     return _latest.get(shape)
 
@@ -172,10 +172,11 @@ def _calls(product: str, rows: int, inputs: int, outputs: int) -> dict[str, Call
     if product == "product":
         return {"torch": lambda: functional.linear(x, weight, bias), "oneDNN": lambda: _product(x, weight, bias)}
     needs = (product == "input", product == "weight", False)
-    return {
-        name: lambda is_one=name == "oneDNN": gradients_of_linear(grad, x, weight, (is_one, is_one), needs)
-        for name in ("torch", "oneDNN")
-    }
+
+    def gradient(by_one_dnn: bool) -> object:
+        return gradients_of_linear(grad, x, weight, (by_one_dnn, by_one_dnn), needs)
+
+    return {"torch": lambda: gradient(False), "oneDNN": lambda: gradient(True)}
 
 
 class _Linear(torch.autograd.Function):

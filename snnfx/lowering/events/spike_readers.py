@@ -150,7 +150,7 @@ class SpikeReader:
 
     def _dense(self, x: Tensor) -> Tensor:
         layer: Any = self.layer
-        return linear(x, layer.weight, layer.bias) if type(layer) is nn.Linear else layer.forward(x)  # type: ignore[no-any-return]
+        return linear(x, layer.weight, layer.bias) if type(layer) is nn.Linear else layer.forward(x)
 
     def _crossover(
         self,
