@@ -24,6 +24,7 @@ from snnfx.emit.norm_tails import FusedTails, find_tails
 from snnfx.functional import multi_step_forward, seq_to_ann_forward
 from snnfx.ir.program import SELF_TARGET
 from snnfx.lowering.choices.image_formats import convolve, fastest_format
+from snnfx.lowering.choices.linear_layers import linear
 from snnfx.lowering.elementwise.lowered_step import LoweredStep
 from snnfx.lowering.events.event_layers import call_layer_by_events
 from snnfx.lowering.events.spike_bits import SpikeBits
@@ -44,6 +45,9 @@ from snnfx.sandbox.torch_internals import function_from_source
 from snnfx.state.leaf_modules import takes_sequence
 
 __all__ = ["BoundGraph", "bind_graph"]
+
+_LEAST_WEIGHTS = 1 << 13
+"""Elements of the weight of a linear layer from which on the faster library may compute it."""
 
 _RESET = "None"
 """The text of the reset state."""
@@ -350,11 +354,11 @@ class _Binder:
         return child
 
     def _same_children(self, owner: nn.Module) -> tuple[str, str]:
-        """Conditions that a module has the same children."""
+        """Conditions that a module has the same children under the same names."""
         children = self._constant(owner._modules)
         return (
             f"{self._constant(vars(owner))}['_modules'] is {children}",
-            f"[*{children}.values()] == {self._constant([*owner._modules.values()])}",
+            f"{children} == {self._constant(dict(owner._modules))}",
         )
 
     def _is_plain_loop(self, node: Node) -> bool:
@@ -415,16 +419,16 @@ class _Binder:
             if freed:
                 self.lines.append(f"{' = '.join(dict.fromkeys(freed))} = None")
             if reader is not None and n.target is call_layer_by_events:
-                self._read_bits(reader, sequences[0], self.values[n], before)
+                self._read_bits(reader, sequences[0], n, before)
                 reader = None
 
-    def _read_bits(self, reader: SpikeReader, x: str, y: str, before: int) -> None:
-        """Let a reader compute `y`, and the lines from `before` on only where it does not."""
+    def _read_bits(self, reader: SpikeReader, x: str, node: Node, before: int) -> None:
+        """Let a reader compute a call of its layer, and the lines from `before` on only where it does not."""
         self.called[id(reader.layer)] = reader.layer
-        name, lines = self._constant(reader), self.lines[before:]
+        name, y, lines = self._constant(reader), self.values[node], self.lines[before:]
         if type(reader.layer) is nn.Linear and not reader.pools and not reader.flattens:
-            folded, call = lines[0].split(" = ", 1)[0], lines[1].removeprefix(f"{y} = ")
-            lines[1] = f"{y} = {self._linear(reader.layer, folded)} if {name}.is_idle else {call}"
+            dense = f"{y} = {self._linear(reader.layer, self._text(node.args[1]))} if {name}.is_idle else "
+            lines = [dense + line.removeprefix(f"{y} = ") if line.startswith(f"{y} = ") else line for line in lines]
         self.lines[before:] = [
             f"{y} = {name}({x}) if type({x}) is SpikeBits else None",
             f"if {y} is None:",
@@ -473,7 +477,11 @@ class _Binder:
 
     def _linear(self, module: nn.Module, x: str) -> str:
         parameters = self._constant(module._parameters)
-        return f"{self._constant(functional.linear)}({x}, {parameters}['weight'], {parameters}['bias'])"
+        weight: Any = module._parameters.get("weight")
+        function = functional.linear if weight is None or weight.numel() < _LEAST_WEIGHTS else linear
+        # A tensor that is assigned after `del layer.weight` is an attribute.
+        self.conditions.append(f"'weight' in {parameters} and 'bias' in {parameters}")
+        return f"{self._constant(function)}({x}, {parameters}['weight'], {parameters}['bias'])"
 
     def _is_split(self, images: Any) -> bool:
         """Whether only a plain convolution reads images in its fastest format."""

@@ -9,7 +9,7 @@
 | `source_expressions` | nodes printed as Python expressions |
 | `memory_report`, `memory_phases`, `memory_picture` | predicted memory: section of the report, data, picture |
 | `region_execution`, `event_layers` | how each region and layer ran: kernel, stepped, dense, by events |
-| `image_formats` | the memory format of the convolutions, measured or fixed |
+| `image_formats`, `linear_layers` | the memory format of convolutions, and the library of linear layers |
 | `profile_data` | the rows of a profile |
 | `document`, `plain_data` | output as terminal text or Markdown, and as JSON data |
 | `picture/` | `snnfx.draw` |

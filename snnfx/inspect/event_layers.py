@@ -33,7 +33,7 @@ def event_layers(program: StepProgram) -> Iterator[str]:
             yield f"`{name}` {way}: its {operand} is not finite."
             continue
         limit = "" if decision.crossover is None else f"; events are faster below {decision.crossover:.0%}"
-        density = f"{decision.density:.1%} of its inputs were not zero in a sample of the latest call"
+        density = f"{decision.density:.1%} of its inputs were not zero in a sample of the latest large call"
         yield f"`{name}` {way}: {density}{limit}."
 
 

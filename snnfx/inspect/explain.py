@@ -33,6 +33,7 @@ from snnfx.inspect.conversion_notes import (
 )
 from snnfx.inspect.event_layers import event_layers
 from snnfx.inspect.image_formats import image_formats
+from snnfx.inspect.linear_layers import linear_layers
 from snnfx.inspect.loops_of_call import loops_of_call
 from snnfx.inspect.memory_report import MemoryReport, report_memory
 from snnfx.inspect.report import (
@@ -150,6 +151,7 @@ def _report_on(net: Net, T: int | None, example_inputs: Any) -> Report:
         kernels=tuple(kernels_of_loops(net)),
         events=tuple(event_layers(net.program)),
         formats=tuple(image_formats(net.program)),
+        products=tuple(linear_layers(net.program)),
         chunk=_chunk(net),
         compiled=compiled_form(net),
         memory=_memory(net, T, example_inputs) if T is not None and net.options.step_mode == "m" else None,

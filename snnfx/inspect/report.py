@@ -225,6 +225,7 @@ class Report:
         kernels: the loops compiled into kernels and, for other loops, the reason.
         events: how the layers that read spikes ran at their latest call.
         formats: the memory format of convolutions at their latest call, and whether it was measured.
+        products: the library of dense linear layers at their latest call, if it is not torch's BLAS.
         chunk: the chunk plan for inference.
         compiled: how torch.compile runs the net.
         memory: the predicted memory of a call on T time steps; None unless `explain` was called with T.
@@ -256,6 +257,7 @@ class Report:
     kernels: tuple[str, ...] = ()
     events: tuple[str, ...] = ()
     formats: tuple[str, ...] = ()
+    products: tuple[str, ...] = ()
     chunk: ChunkRow | None = None
     compiled: str = ""
     memory: MemoryReport | None = None
@@ -294,6 +296,7 @@ class Report:
             *_section("Kernels", _bullets([[note] for note in self.kernels])),
             *_section("Layers that read spikes", _bullets([[note] for note in self.events])),
             *_section("Memory format", _bullets([[note] for note in self.formats])),
+            *_section("Linear layers", _bullets([[note] for note in self.products])),
             *_section("State", _slots_table(self.slots)),
             *_section("Eligibility traces", _bullets([[trace] for trace in self.traces])),
             *(memory_document(self.memory) if self.memory is not None else []),

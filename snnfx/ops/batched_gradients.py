@@ -17,14 +17,26 @@ from snnfx.sandbox.plain_dispatch import ordinary_dispatch
 from snnfx.sandbox.torch_internals import (
     add_autograd_batch,
     are_transforms_active,
+    dispatch_mode_count,
     is_batched_by_autograd,
     level_of_autograd_batch,
     remove_autograd_batch,
 )
 
-__all__ = ["for_each_gradient"]
+__all__ = ["for_each_gradient", "is_plain_gradient"]
 
 Gradients = Sequence[Tensor | None]
+
+
+def is_plain_gradient(tensor: Tensor) -> bool:
+    """Whether a kernel may read a gradient or a saved tensor: it is neither batched nor differentiated again."""
+    return not (
+        torch.is_grad_enabled()
+        or type(tensor) is not Tensor
+        or is_batched_by_autograd(tensor)
+        or are_transforms_active()
+        or dispatch_mode_count()
+    )
 
 
 def for_each_gradient(backward: Callable[[Gradients], Gradients], grads: Gradients) -> Gradients:

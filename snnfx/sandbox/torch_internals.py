@@ -103,6 +103,7 @@ __all__ = [
     "gradients_in_modes",
     "has_global_forward_hooks",
     "has_global_hooks",
+    "has_one_dnn_linear",
     "included_dispatch_keys",
     "intercepted_apply",
     "is_backward_graph_kept",
@@ -112,6 +113,7 @@ __all__ = [
     "is_profiling",
     "layer_functions",
     "level_of_autograd_batch",
+    "linear_by_one_dnn",
     "proxies_disabled",
     "python_of_script",
     "pytree",
@@ -141,6 +143,7 @@ is_batched_by_vmap = torch._C._functorch.is_batchedtensor
 is_forward_mode_enabled = forward_ad._is_fwd_grad_enabled
 is_profiling = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
 layer_functions = torch._C._nn
+_linear_pointwise = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 tracing_state = torch._C._get_tracing_state
 check_batch_size = nn.functional._verify_batch_size  # type: ignore[attr-defined]
@@ -152,6 +155,20 @@ foreach_mul_ = torch._foreach_mul_
 foreach_sub = torch._foreach_sub
 foreach_sub_ = torch._foreach_sub_
 _MAX_AUTOGRAD_LEVELS = 64
+
+
+def has_one_dnn_linear() -> bool:
+    """Whether `linear_by_one_dnn` works in this build of torch, and oneDNN is not switched off."""
+    return (
+        _linear_pointwise is not None and torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+    )
+
+
+def linear_by_one_dnn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`torch.nn.functional.linear` of float32 matrices by oneDNN; row-major or transposed ones, without gradients."""
+    assert _linear_pointwise is not None
+    y: torch.Tensor = _linear_pointwise.default(x, weight, bias, "none", [], "")
+    return y
 
 
 def level_of_autograd_batch(gradient: Any) -> tuple[int, int]:

@@ -1081,3 +1081,15 @@ def test_multiples_of_a_dynamic_axis_start_at_their_factor(tmp_path: Path) -> No
     internals.allow_size_one(program)
     torch.export.save(program, tmp_path / "net.pt2")
     assert torch.export.load(tmp_path / "net.pt2").module()(torch.rand(1, 3, 4), torch.rand(3, 4)).shape == (3, 4)
+
+
+@pytest.mark.skipif(not internals.has_one_dnn_linear(), reason="this torch has no oneDNN")
+def test_one_dnn_multiplies_row_major_and_transposed_matrices() -> None:
+    x, weight, bias = torch.randn(7, 5), torch.randn(3, 5), torch.randn(3)
+    torch.testing.assert_close(internals.linear_by_one_dnn(x, weight, bias), x @ weight.t() + bias)
+    torch.testing.assert_close(internals.linear_by_one_dnn(x, weight, None), x @ weight.t())
+    grad = torch.randn(7, 3)
+    torch.testing.assert_close(internals.linear_by_one_dnn(grad, weight.t(), None), grad @ weight)
+    torch.testing.assert_close(internals.linear_by_one_dnn(grad.t(), x.t(), None), grad.t() @ x)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not internals.has_one_dnn_linear()

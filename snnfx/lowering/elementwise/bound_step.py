@@ -27,6 +27,8 @@ Slot = tuple[str, int]
 """Kind and index of an operand of a kernel."""
 
 _MOST_SHARED_BYTES = 1 << 16
+_DTYPES_OF_BITS = (torch.float32, torch.float64)
+"""Spikes of these dtypes may be written as bits, and are expanded where no reader takes them."""
 
 
 class BoundStep:
@@ -249,7 +251,7 @@ class BoundStep:
         """The operands of the forward kernel; None if they have another layout than it was bound to."""
         kept, places = self._kept_views, None
         if self._operands_are_views:
-            places = [(c.data_ptr(), c.shape, c.stride()) for c in constants]
+            places = [(c.data_ptr(), c.shape, c.stride(), c.dtype) for c in constants]
             if kept is not None and kept[1] == places and all(map(operator.is_, kept[0], constants)):
                 return kept[2]
         operands = self._operands(self.source, constants)
@@ -297,7 +299,9 @@ class _BoundFunction(torch.autograd.Function):
 
 def _can_be_bits(lowered: LoweredStep, x_seq: Sequence[Tensor], numbers: Sequence[float], needs: Needs | None) -> bool:
     elements = _product(lowered.shape_of_step(x_seq, numbers))
-    return needs is None and elements > 0 and elements % 64 == 0 and lowered.inference_in_bits() is not None
+    if needs is not None or elements == 0 or elements % 64 or lowered.output_dtypes[0] not in _DTYPES_OF_BITS:
+        return False
+    return lowered.inference_in_bits() is not None
 
 
 def _tensors_among(constants: Sequence[Any]) -> list[Tensor]:

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from snnfx.lowering.choices.linear_layers import gradients_by_one_dnn, gradients_of_linear
 from snnfx.lowering.events.event_kernel import weight_gradient
 from snnfx.lowering.events.few_rows_gradients import gradient_of_input, gradient_of_weight
 from snnfx.lowering.events.geometry import Geometry
 from snnfx.lowering.events.packed_weights import unpack
-from snnfx.sandbox.torch_internals import are_transforms_active, dispatch_mode_count, is_batched_by_autograd
+from snnfx.ops.batched_gradients import is_plain_gradient
 
-__all__ = ["Gradients", "dense_gradient", "differentiable_product", "gradient_by_events", "is_plain_gradient"]
+__all__ = ["Gradients", "dense_gradient", "differentiable_product", "gradient_by_events"]
 
 
 class Gradients(Enum):
@@ -47,6 +48,8 @@ def differentiable_product(
         x, weight, bias, geometry: the operands.
         gradients: how the gradients run, unless they are themselves differentiated or batched.
     """
+    if geometry.dims == 0:
+        weight = weight.view_as(weight)  # as torch saves it: another `weight.data` before backward changes nothing
     y: Tensor = _EventProduct.apply(compute, x, weight, bias, geometry, gradients)
     return y
 
@@ -64,6 +67,7 @@ class _EventProduct(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.geometry, ctx.gradients, ctx.has_bias = geometry, gradients, bias is not None
+        ctx.by_one_dnn = gradients_by_one_dnn(x, weight) if geometry.dims == 0 else (False, False)
         return compute(x)
 
     @staticmethod
@@ -71,7 +75,8 @@ class _EventProduct(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[1:4]
         needs_bias = needs_bias and ctx.has_bias
-        gradients = ctx.gradients if is_plain_gradient(grad) and is_plain_gradient(x) else Gradients.DENSE
+        is_plain = is_plain_gradient(grad) and is_plain_gradient(x)
+        gradients = ctx.gradients if is_plain else Gradients.DENSE
         if gradients is Gradients.FEW_ROWS:
             outputs, inputs = weight.shape
             rows = grad.reshape(-1, outputs).contiguous()
@@ -80,7 +85,8 @@ class _EventProduct(torch.autograd.Function):
             return None, grad_x, grad_weight, rows.sum(0) if needs_bias else None, None, None
         by_events = gradients is Gradients.WEIGHT_BY_EVENTS and needs_weight
         needs = needs_x, needs_weight and not by_events, needs_bias
-        grad_x, grad_weight, grad_bias = _dense_gradients(grad, x, weight, ctx.geometry, needs)
+        by_one_dnn = ctx.by_one_dnn if is_plain else (False, False)
+        grad_x, grad_weight, grad_bias = _dense_gradients(grad, x, weight, ctx.geometry, by_one_dnn, needs)
         if by_events:
             grad_weight = gradient_by_events(grad, x, weight, ctx.geometry)
         return None, grad_x, grad_weight, grad_bias, None, None
@@ -91,42 +97,30 @@ def gradient_by_events(grad: Tensor, x: Tensor, weight: Tensor, geometry: Geomet
     return unpack(weight_gradient(x, geometry, weight.shape[0], grad), weight.shape, geometry.groups)
 
 
-def dense_gradient(grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    """The gradient of a weight by torch, from the gradient of the output."""
-    gradient = _dense_gradients(grad, x, weight, geometry, (False, True, False))[1]
+def dense_gradient(grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, by_one_dnn: bool) -> Tensor:
+    """The gradient of a weight by torch or oneDNN, from the gradient of the output."""
+    gradient = _dense_gradients(grad, x, weight, geometry, (False, by_one_dnn), (False, True, False))[1]
     assert gradient is not None
     return gradient
 
 
-def is_plain_gradient(tensor: Tensor) -> bool:
-    """Whether a tensor is neither batched nor differentiated again."""
-    return not (
-        torch.is_grad_enabled()
-        or type(tensor) is not Tensor
-        or is_batched_by_autograd(tensor)
-        or are_transforms_active()
-        or dispatch_mode_count()
-    )
-
-
 def _dense_gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, needs: tuple[bool, bool, bool]
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    geometry: Geometry,
+    by_one_dnn: tuple[bool, bool],
+    needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of input, weight and bias."""
-    needs_x, needs_weight, needs_bias = needs
     if geometry.dims == 0:
-        rows = grad.reshape(-1, weight.shape[0])
-        return (
-            grad @ weight if needs_x else None,
-            rows.T @ x.reshape(-1, weight.shape[1]) if needs_weight else None,
-            rows.sum(0) if needs_bias else None,
-        )
+        return gradients_of_linear(grad, x, weight, by_one_dnn, needs)
     keep = 3 - geometry.dims
     grads: tuple[Tensor | None, Tensor | None, Tensor | None] = torch.ops.aten.convolution_backward(
         grad,
         x,
         weight,
-        [weight.shape[0]] if needs_bias else None,
+        [weight.shape[0]] if needs[2] else None,
         geometry.stride[keep:],
         geometry.padding[keep:],
         geometry.dilation[keep:],

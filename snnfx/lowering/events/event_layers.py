@@ -9,9 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
+from snnfx.lowering.choices.linear_layers import linear
 from snnfx.lowering.events.event_gradients import Gradients, differentiable_product
 from snnfx.lowering.events.event_kernel import estimate_density, product
 from snnfx.lowering.events.few_rows import has_few_rows, product_of_few_rows
@@ -24,6 +25,7 @@ from snnfx.lowering.events.layer_decisions import (
     PLAIN,
     crossover_of,
     decision_of,
+    forget_decision,
     geometry_of_layer,
     geometry_of_settings,
     gradient_crossover_of,
@@ -48,8 +50,11 @@ def call_layer_by_events(layer: Any, x: Any) -> Any:
     if torch.compiler.is_compiling() or type(x) is not Tensor or _is_small(x, layer.weight):
         return call_leaf(layer, x)
     if not is_plain_call(layer):
+        forget_decision(layer.weight)
         return call_leaf(layer, x)
     y = _with_weight(layer, x, layer.weight, layer.bias, layer.weight)
+    if y is None and type(layer) is nn.Linear and is_plain_mode():
+        return linear(x, layer.weight, layer.bias)
     return call_leaf(layer, x) if y is None else y
 
 
@@ -112,7 +117,7 @@ def _operands(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
 
 def _is_small(x: Tensor, weight: Tensor) -> bool:
     """Whether a call surely has too little work: at most one multiplication of each input by output and tap."""
-    return x.numel() * weight.numel() < LEAST_WORK * weight.shape[1]
+    return weight.dim() < 2 or x.numel() * weight.numel() < LEAST_WORK * weight.shape[1]
 
 
 def _with_weight(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None, owner: Tensor) -> Tensor | None:
@@ -133,17 +138,26 @@ def _product(
     owner: Tensor,
 ) -> Tensor | None:
     """The product by events; None if it has to run densely."""
-    if geometry is None or not x.is_cpu or x.layout is not torch.strided or not is_plain_mode():
-        return None
-    if not is_supported(x.shape, x.dtype, weight, bias, geometry):
+    if (
+        geometry is None
+        or not x.is_cpu
+        or x.layout is not torch.strided
+        or not is_plain_mode()
+        or not is_supported(x.shape, x.dtype, weight, bias, geometry)
+    ):
+        forget_decision(owner)
         return None
     tensors = (x, weight) if bias is None else (x, weight, bias)
     differentiates = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     outputs, groups = weight.shape[0], geometry.groups
     positions = positions_of(x.shape, geometry)
-    work, reads_in_place = positions * weight.numel(), geometry.dims == 0 and has_few_rows(positions, weight)
+    work = positions * weight.numel()
+    reads_in_place = geometry.dims == 0 and has_few_rows(positions, weight, differentiates)
     may_pack = not differentiates or positions >= _LEAST_TRAINED_POSITIONS
-    if work < LEAST_WORK or not (may_pack or reads_in_place) or not has_kernel(x.element_size()):
+    if work < LEAST_WORK:
+        return None
+    if not (may_pack or reads_in_place) or not has_kernel(x.element_size()):
+        forget_decision(owner)
         return None
     if not torch.ops.aten.is_non_overlapping_and_dense(x):
         x = x.contiguous()
@@ -160,13 +174,13 @@ def _product(
 
     def dense(x: Tensor) -> Tensor:
         if geometry.dims == 0:
-            return function(x, weight, bias)
+            return linear(x, weight, bias)
         keep = 3 - geometry.dims
         return function(
             x, weight, bias, geometry.stride[keep:], geometry.padding[keep:], geometry.dilation[keep:], groups
         )
 
-    limit = crossover_of(x.detach(), weight, geometry, work, dense, events)
+    limit = crossover_of(x.detach(), weight, geometry, work, reads_in_place, dense, events)
     if density >= limit:
         decision_of(owner).update(False, density, limit)
         return None
@@ -199,5 +213,5 @@ def _in_place(
     y = product_of_few_rows(x.detach(), weight.detach(), packed_bias)
     if y is None:
         return None
-    gradients = Gradients.FEW_ROWS if choose_gradients(x.numel() // x.shape[-1], weight) else Gradients.DENSE
+    gradients = Gradients.FEW_ROWS if choose_gradients(x, weight) else Gradients.DENSE
     return differentiable_product(lambda _: y, x, weight, bias, LINEAR, gradients)

@@ -17,6 +17,9 @@ __all__ = ["FewRowsOfBits", "build_few_rows", "has_few_rows", "product_of_few_ro
 _MOST_ROWS = 63
 """With more rows, a packed weight is faster, because each row reads it again."""
 
+_MOST_TRAINED_ROWS = 1023
+"""In training a weight changes at each step of an optimizer, so that packing it pays only for more rows than these."""
+
 _UNITS = 4
 """Units of work, at least, so that few outputs are computed by several threads."""
 
@@ -30,9 +33,9 @@ def build_few_rows(itemsize: int) -> None:
     load(FEW_ROWS[itemsize])
 
 
-def has_few_rows(rows: int, weight: Tensor) -> bool:
+def has_few_rows(rows: int, weight: Tensor, in_training: bool = False) -> bool:
     """Whether a linear layer is read where it lies: a row-major weight `[M, K]`, for few rows."""
-    return rows <= _MOST_ROWS and weight.is_contiguous()
+    return rows <= (_MOST_TRAINED_ROWS if in_training else _MOST_ROWS) and weight.is_contiguous()
 
 
 class _Arguments(ctypes.Structure):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from snnfx.lowering.choices.fastest import Fastest
+from snnfx.lowering.choices.linear_layers import gradients_by_one_dnn, gradients_of_linear
 from snnfx.lowering.elementwise.cpp.build import load, openmp
 from snnfx.lowering.elementwise.cpp.cpp_kernel import KernelSource
 from snnfx.lowering.nonzero_lists import NONZERO_LISTS
@@ -173,20 +174,27 @@ def gradient_of_input(grad: Tensor, weight: Tensor) -> Tensor:
     return y
 
 
-def choose_gradients(rows: int, weight: Tensor) -> bool:
-    """Whether both functions of this module are faster than torch's products, measured once for each shape."""
+def choose_gradients(x: Tensor, weight: Tensor) -> bool:
+    """Whether both functions of this module are faster than libraries, measured once for each shape.
+
+    Args:
+        x: the input of the layer, `[*, K]`.
+        weight: `[M, K]`.
+    """
+    rows = x.numel() // x.shape[-1]
     outputs, inputs = weight.shape
+    by_one_dnn = gradients_by_one_dnn(x, weight)
 
     def calls() -> dict[str, object]:
         grad = torch.ones(rows, outputs, dtype=weight.dtype, device="cpu")
         x = torch.ones(rows, inputs, dtype=weight.dtype, device="cpu")
         w = weight.detach()
         return {
-            "torch": lambda: (grad @ w, grad.T @ x),
+            "torch": lambda: gradients_of_linear(grad, x, w, by_one_dnn, (True, True, False)),
             "in place": lambda: (gradient_of_input(grad, w), gradient_of_weight(grad, x)),
         }
 
-    key = (rows.bit_length(), outputs, inputs, str(weight.dtype))
+    key = (rows.bit_length(), outputs, inputs, str(weight.dtype), by_one_dnn)
     return GRADIENTS.choose(key, "torch", calls).name == "in place"  # type: ignore[arg-type]
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from snnfx.lowering.window_settings import integers
+
 __all__ = ["LINEAR", "Geometry", "Triple", "convolution"]
 
 Triple = tuple[int, int, int]
@@ -47,31 +49,32 @@ class Geometry:
 LINEAR = Geometry(0)
 
 
-def convolution(
-    weight: Tensor,
-    stride: int | tuple[int, ...],
-    padding: int | str | tuple[int, ...],
-    dilation: int | tuple[int, ...],
-    groups: int,
-) -> Geometry | None:
-    """The geometry of a convolution; None if its padding differs between the two sides."""
+def convolution(weight: Tensor, stride: object, padding: object, dilation: object, groups: int) -> Geometry | None:
+    """The geometry of a convolution.
+
+    Returns:
+        None if its padding differs between the two sides, or torch refuses a setting.
+    """
     dims = weight.dim() - 2
-    steps, spread = _triple(stride, dims, 1), _triple(dilation, dims, 1)
-    kernel = _triple(tuple(weight.shape[2:]), dims, 1)
+    if not 1 <= dims <= 3:
+        return None
+    steps, spread, kernel = integers(stride, dims, 1), integers(dilation, dims, 1), tuple(weight.shape[2:])
+    if steps is None or spread is None or not isinstance(groups, int) or groups < 1 or weight.shape[0] % groups:
+        return None
+    margin: tuple[int, ...] | None
     if padding == "valid":
-        margin = (0, 0, 0)
+        margin = (0,) * dims
     elif padding == "same":
         total = [d * (k - 1) for d, k in zip(spread, kernel, strict=True)]
-        if any(n % 2 for n in total):
-            return None
-        margin = total[0] // 2, total[1] // 2, total[2] // 2
+        is_even = all(n % 2 == 0 for n in total) and all(s == 1 for s in steps)
+        margin = tuple(n // 2 for n in total) if is_even else None
     else:
-        assert not isinstance(padding, str)
-        margin = _triple(padding, dims, 0)
-    return Geometry(dims, kernel, steps, margin, spread, groups)
+        margin = integers(padding, dims, 0)
+    if margin is None:
+        return None
+    return Geometry(dims, _triple(kernel, 1), _triple(steps, 1), _triple(margin, 0), _triple(spread, 1), groups)
 
 
-def _triple(value: int | tuple[int, ...], dims: int, filler: int) -> Triple:
-    values = (value,) * dims if isinstance(value, int) else tuple(value) * (dims if len(value) == 1 else 1)
-    d, h, w = (filler,) * (3 - dims) + values
+def _triple(values: tuple[int, ...], filler: int) -> Triple:
+    d, h, w = (filler,) * (3 - len(values)) + values
     return d, h, w

@@ -19,11 +19,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from snnfx.errors import warn_once
 from snnfx.lowering.aten_recording import LoweringRefused
+from snnfx.lowering.choices.linear_layers import gradients_by_one_dnn
 from snnfx.lowering.elementwise.cpp.build import find_compiler
 from snnfx.lowering.events.crossovers import crossover
 from snnfx.lowering.events.event_gradients import dense_gradient, gradient_by_events
 from snnfx.lowering.events.event_kernel import build, fits_lists
-from snnfx.lowering.events.few_rows import build_few_rows, has_few_rows
+from snnfx.lowering.events.few_rows import build_few_rows
 from snnfx.lowering.events.few_rows_gradients import build_gradients
 from snnfx.lowering.events.geometry import LINEAR, Geometry, convolution
 from snnfx.lowering.events.matrix_kernel import build_matrix_products
@@ -44,6 +45,7 @@ __all__ = [
     "Decision",
     "crossover_of",
     "decision_of",
+    "forget_decision",
     "geometry_of_layer",
     "geometry_of_settings",
     "gradient_crossover_of",
@@ -75,6 +77,9 @@ _LEAST_OUTPUTS = 8
 _CALIBRATION_WORK = 1 << 29
 """Multiplications of one dense call of a calibration, about."""
 
+_DENSE_WAY = ("faster library",)
+"""Part of the keys of crossovers: how the dense products are computed that they are compared with."""
+
 PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 
 
@@ -87,16 +92,19 @@ class Decision:
         density: the estimated fraction of inputs that are not zero.
         crossover: the density below which the layer runs by events; None: it is so dense that this was not asked for.
         is_finite: whether the weight is finite, as far as that was checked.
+        is_known: whether the latest call decided at all.
     """
 
     by_events: bool
     density: float
     crossover: float | None
     is_finite: bool = True
+    is_known: bool = True
 
     def update(self, by_events: bool, density: float, crossover: float | None, is_finite: bool = True) -> None:
         """Record a call."""
         self.by_events, self.density, self.crossover, self.is_finite = by_events, density, crossover, is_finite
+        self.is_known = True
 
 
 _decisions: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -104,17 +112,22 @@ _decisions: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def latest_decision(weight: Tensor) -> Decision | None:
-    """How the latest call with a weight ran; None if there was none, or it was too small for a decision."""
+    """How the latest call with a weight ran, except for small ones; None if there was none, or it was not plain."""
     found: Decision | None = _decisions.get(weight)
-    return None if found is None else replace(found)
+    return replace(found) if found is not None and found.is_known else None
 
 
 def decision_of(weight: Tensor) -> Decision:
     """The decision that calls with a weight update."""
     found: Decision | None = _decisions.get(weight)
-    if found is None:
-        found = _decisions[weight] = Decision(False, 0.0, None)
-    return found
+    return _decisions.setdefault(weight, Decision(False, 0.0, None, is_known=False)) if found is None else found
+
+
+def forget_decision(weight: Tensor) -> None:
+    """Note that the latest call with a weight ran densely without a decision."""
+    found: Decision | None = _decisions.get(weight)
+    if found is not None:
+        found.is_known = False
 
 
 def is_plain_call(layer: Any) -> bool:
@@ -154,17 +167,19 @@ def crossover_of(
     weight: Tensor,
     geometry: Geometry,
     work: int,
+    reads_in_place: bool,
     dense: Callable[[Tensor], Tensor],
     events: Callable[[Tensor], Tensor | None],
 ) -> float:
     """The crossover for the shape of a call; batches whose sizes have the same number of bits share one."""
-    return crossover(*_example(x, weight, geometry, work), dense, events)
+    key, example = _example(x, weight, geometry, work)
+    return crossover((*key, "in place" if reads_in_place else "packed", *_DENSE_WAY), example, dense, events)
 
 
 def gradient_crossover_of(x: Tensor, weight: Tensor, geometry: Geometry, work: int) -> float:
     """The crossover of the gradient of the weight."""
     key, example = _example(x.detach(), weight, geometry, work)
-    weight = weight.detach()
+    layer, weight = weight, weight.detach()
 
     def grad_of(x: Tensor) -> Tensor:
         if geometry.dims == 0:
@@ -180,10 +195,14 @@ def gradient_crossover_of(x: Tensor, weight: Tensor, geometry: Geometry, work: i
             grads.append(grad_of(x))
         return grads[0]
 
+    def dense(given: Tensor) -> Tensor:
+        by_one_dnn = geometry.dims == 0 and gradients_by_one_dnn(x, layer)[1]
+        return dense_gradient(grad(given), given, weight, geometry, by_one_dnn)
+
     return crossover(
-        (*key, "gradient"),
+        (*key, "gradient", *_DENSE_WAY),
         example,
-        lambda x: dense_gradient(grad(x), x, weight, geometry),
+        dense,
         lambda x: gradient_by_events(grad(x), x, weight, geometry),
     )
 
@@ -191,7 +210,6 @@ def gradient_crossover_of(x: Tensor, weight: Tensor, geometry: Geometry, work: i
 def _example(x: Tensor, weight: Tensor, geometry: Geometry, work: int) -> tuple[tuple[object, ...], Tensor]:
     """The key of the crossover of a call, and a part of its input for a measurement."""
     batch = x.shape[0] if geometry.dims else math.prod(x.shape[:-1])
-    way = "few rows" if geometry.dims == 0 and has_few_rows(batch, weight) else "packed"
     key = (
         geometry,
         tuple(weight.shape),
@@ -199,7 +217,6 @@ def _example(x: Tensor, weight: Tensor, geometry: Geometry, work: int) -> tuple[
         batch.bit_length(),
         x.dtype,
         x.is_contiguous(),
-        way,
     )
     part = max(1, min(batch, batch * _CALIBRATION_WORK // work))
     return key, x.reshape(batch, x.shape[-1])[:part] if geometry.dims == 0 else x[:part]
@@ -214,12 +231,15 @@ def is_supported(
     for tensor in (weight, bias):
         if tensor is not None and (tensor.dtype != dtype or not tensor.is_cpu or tensor.layout is not torch.strided):
             return False
-    dims, channels = geometry.dims, weight.shape[1]
-    if len(shape) < 2 or (dims and len(shape) != dims + 2):
+    dims = geometry.dims
+    if weight.dim() != dims + 2 or len(shape) < 2 or (dims and len(shape) != dims + 2):
         return False
-    if shape[1 if dims else -1] != channels * geometry.groups:
+    outputs, channels = weight.shape[:2]
+    if shape[1 if dims else -1] != channels * geometry.groups or (bias is not None and bias.shape != (outputs,)):
+        return False  # a linear layer broadcasts a bias of another shape; torch refuses all other mismatches
+    if min(geometry.output_size(geometry.size_of(shape))) < 1:
         return False
-    outputs_of_group = weight.shape[0] // geometry.groups
+    outputs_of_group = outputs // geometry.groups
     if outputs_of_group < _LEAST_OUTPUTS or not fits_lists(geometry, channels):
         return False
     return bool(torch.ops.aten.is_non_overlapping_and_dense(weight))

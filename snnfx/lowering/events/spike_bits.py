@@ -20,7 +20,7 @@ from snnfx.ops.buffer_pool import pool
 
 __all__ = ["Flattening", "MaxPooling", "Operation", "SpikeBits"]
 
-Pair = tuple[int, int]
+Pair = tuple[int, ...]
 
 
 @dataclass(frozen=True)

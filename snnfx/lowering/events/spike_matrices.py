@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from snnfx.lowering.events.crossovers import crossover
-from snnfx.lowering.events.event_gradients import gradient_by_events, is_plain_gradient
+from snnfx.lowering.events.event_gradients import gradient_by_events
 from snnfx.lowering.events.event_kernel import estimate_density
 from snnfx.lowering.events.geometry import LINEAR
 from snnfx.lowering.events.layer_decisions import (
@@ -27,6 +27,7 @@ from snnfx.lowering.events.layer_decisions import (
     is_plain_mode,
 )
 from snnfx.lowering.events.matrix_kernel import MOST_BATCH_DIMS, product_of_matrices
+from snnfx.ops.batched_gradients import is_plain_gradient
 
 __all__ = ["decision_at", "matmul_by_events", "new_site"]
 
@@ -109,7 +110,8 @@ def _product(a: Tensor, b: Tensor, spikes: str) -> Tensor | None:
 
 
 def _crossover(sparse: Tensor, other: Tensor, spikes: str) -> float:
-    key: tuple[object, ...] = ("matmul", spikes, tuple(sparse.shape[-2:]), other.shape[-1], sparse.shape[:-2].numel().bit_length())
+    images = sparse.shape[:-2].numel().bit_length()
+    key: tuple[object, ...] = ("matmul", spikes, tuple(sparse.shape[-2:]), other.shape[-1], images)
     key += (tuple(sparse.stride()[-2:]), tuple(other.stride()[-2:]), sparse.dtype)
     work = sparse.numel() * other.shape[-1]
     part = max(1, min(len(sparse), len(sparse) * _CALIBRATION_WORK // work)) if sparse.dim() > 2 else len(sparse)

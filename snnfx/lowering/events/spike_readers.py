@@ -6,6 +6,7 @@ by events. A reader that has to run densely returns None; the caller then gives 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from snnfx.lowering.choices.linear_layers import linear
 from snnfx.lowering.choices.permission import pinned_by
 from snnfx.lowering.events.event_kernel import ProductOfBits, Refusal, product
 from snnfx.lowering.events.few_rows import FewRowsOfBits, has_few_rows, product_of_few_rows
@@ -32,6 +34,7 @@ from snnfx.lowering.events.layer_decisions import (
 )
 from snnfx.lowering.events.packed_weights import packed_weight, state_of
 from snnfx.lowering.events.spike_bits import Flattening, MaxPooling, Operation, SpikeBits
+from snnfx.lowering.window_settings import integers
 
 __all__ = ["SpikeReader"]
 
@@ -127,8 +130,9 @@ class SpikeReader:
         if not has_kernel(spikes.dtype.itemsize):
             return None
         packed_bias = None if bias is None else bias.detach().contiguous()
-        limit = self._crossover(shape, spikes.dtype, weight, packed_bias, geometry, work)
-        if geometry.dims == 0 and has_few_rows(positions, weight):
+        in_place = geometry.dims == 0 and has_few_rows(positions, weight)
+        limit = self._crossover(shape, spikes.dtype, weight, packed_bias, geometry, work, in_place)
+        if in_place:
             return _Reading(state, weight, operations, FewRowsOfBits(spikes.shape, weight), limit)
         packed = packed_weight(weight, geometry.groups)
         if not packed.is_finite:
@@ -144,6 +148,10 @@ class SpikeReader:
         if self.flattens:
             yield _flattening
 
+    def _dense(self, x: Tensor) -> Tensor:
+        layer: Any = self.layer
+        return linear(x, layer.weight, layer.bias) if type(layer) is nn.Linear else layer.forward(x)
+
     def _crossover(
         self,
         shape: tuple[int, ...],
@@ -152,6 +160,7 @@ class SpikeReader:
         bias: Tensor | None,
         geometry: Geometry,
         work: int,
+        in_place: bool,
     ) -> float:
         """The crossover; bits and numbers share one."""
         x = torch.empty(shape, dtype=dtype, device="cpu")
@@ -159,11 +168,11 @@ class SpikeReader:
             x = x.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
 
         def events(x: Tensor) -> Tensor | None:
-            if geometry.dims == 0 and has_few_rows(len(x), weight):
+            if in_place:
                 return product_of_few_rows(x, weight, bias)
             return product(x, geometry, weight.shape[0], packed_weight(weight, geometry.groups).tiles, bias)
 
-        return crossover_of(x, weight, geometry, work, self.layer.forward, events)
+        return crossover_of(x, weight, geometry, work, in_place, self._dense, events)
 
 
 class _Reading:
@@ -185,7 +194,8 @@ class _Reading:
         compute: ProductOfBits | FewRowsOfBits,
         limit: float,
     ) -> None:
-        self.state, self.weight, self.limit = state, weight, limit
+        self.state = copy.deepcopy(state)  # settings may be lists, which change in place
+        self.weight, self.limit = weight, limit
         self.operations, self.compute = [operation.of_words for operation in operations], compute
         self.decision = decision_of(weight)
 
@@ -218,20 +228,15 @@ def _flattening(spikes: SpikeBits) -> Flattening | None:
 
 
 def _max_pooling(pool: Any, spikes: SpikeBits) -> MaxPooling | None:
-    """A max-pooling of bits; None if it is of another kind."""
+    """A max-pooling of bits; None if it is of another kind, or torch refuses it."""
     is_image = spikes.is_channels_last and len(spikes.shape) == 5 and spikes.shape[2] % 64 == 0
-    kernel, stride = _pair(pool.kernel_size), _pair(pool.stride)
-    padding, dilation = _pair(pool.padding), _pair(pool.dilation)
-    if not is_image or pool.ceil_mode or pool.return_indices or dilation != (1, 1):
+    kernel, padding = integers(pool.kernel_size, 2, 1), integers(pool.padding, 2, 0)
+    stride = kernel if pool.stride in (None, (), []) else integers(pool.stride, 2, 1)
+    if not is_image or pool.ceil_mode or pool.return_indices or integers(pool.dilation, 2, 1) != (1, 1):
         return None
-    # torch refuses more padding; the dense call raises its error
-    return MaxPooling(spikes, kernel, stride, padding) if all(map(_is_half, padding, kernel)) else None
-
-
-def _is_half(padding: int, kernel: int) -> bool:
-    return 2 * padding <= kernel
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    height, width = (value, value) if isinstance(value, int) else value
-    return int(height), int(width)
+    if kernel is None or stride is None or padding is None:
+        return None
+    for size, k, p in zip(spikes.shape[3:], kernel, padding, strict=True):
+        if 2 * p > k or size + 2 * p < k:
+            return None
+    return MaxPooling(spikes, kernel, stride, padding)

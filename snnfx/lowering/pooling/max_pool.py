@@ -16,6 +16,7 @@ from torch.nn import functional
 from snnfx.lowering.elementwise.cpp.build import builds
 from snnfx.lowering.pooling.pool_kernel import Pair, is_channels_last, maxima, spread
 from snnfx.lowering.pooling.pool_source import SOURCES
+from snnfx.lowering.window_settings import integers
 from snnfx.ops.batched_gradients import for_each_gradient
 
 __all__ = ["max_pool"]
@@ -40,21 +41,16 @@ def max_pool(
     Returns:
         `[N, C, H', W']`, in the memory format of `x`.
     """
-    kernel = _pair(kernel_size)
-    steps = kernel if stride is None else _pair(stride)
-    is_plain = _pair(padding) == (0, 0) and _pair(dilation) == (1, 1) and not ceil_mode
-    if is_plain and _is_taken(x, kernel, steps) and builds(SOURCES[x.element_size()], "max pooling runs in PyTorch"):
+    kernel = integers(kernel_size, 2, 1)
+    steps = kernel if stride in (None, (), []) else integers(stride, 2, 1)
+    is_plain = integers(padding, 2, 0) == (0, 0) and integers(dilation, 2, 1) == (1, 1) and not ceil_mode
+    is_taken = kernel is not None and steps is not None and is_plain and _is_taken(x, kernel, steps)
+    if is_taken and builds(SOURCES[x.element_size()], "max pooling runs in PyTorch"):
+        assert kernel is not None and steps is not None
         if torch.is_grad_enabled() and x.requires_grad:
             return _MaxPool.apply(x, kernel, steps)  # type: ignore[no-any-return]
         return maxima(x, kernel, steps, with_positions=False)[0]
     return functional.max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode)
-
-
-def _pair(value: int | tuple[int, ...]) -> Pair:
-    if isinstance(value, int):
-        return value, value
-    first, *rest = value
-    return int(first), int(rest[0] if rest else first)
 
 
 def _is_taken(x: Tensor, kernel: Pair, stride: Pair) -> bool:

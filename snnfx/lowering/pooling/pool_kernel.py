@@ -17,7 +17,7 @@ _PARALLEL_ELEMENTS = 1 << 15
 """Elements of the images from which on several threads pay."""
 
 _PARTS_PER_THREAD = 4
-Pair = tuple[int, int]
+Pair = tuple[int, ...]
 
 
 def is_channels_last(x: Tensor) -> bool:

@@ -221,3 +221,17 @@ def test_weights_with_gaps_or_many_rows_are_packed() -> None:
     assert has_few_rows(63, torch.zeros(4, 8))
     assert not has_few_rows(64, torch.zeros(4, 8))
     assert not has_few_rows(3, torch.zeros(8, 4).T)
+
+
+@pytest.mark.usefixtures("measured")
+@pytest.mark.parametrize("change", ["layout", "values"])
+def test_data_replaced_before_backward_changes_no_gradient(change: str) -> None:
+    model, layer, x_seq = made("vectors", torch.float64)
+    net, stepped = snnfx.convert(model, example_inputs=x_seq[0]), copy.deepcopy(model)
+    loss, expected_loss = net(x_seq).square().sum(), step_model(stepped, x_seq).square().sum()
+    for weight in (layer.weight, stepped[3].weight):  # type: ignore[index]
+        weight.data = weight.data.T.contiguous().T if change == "layout" else torch.ones_like(weight)
+    loss.backward()
+    expected_loss.backward()
+    for actual, expected in zip(model.parameters(), stepped.parameters(), strict=True):
+        torch.testing.assert_close(actual.grad, expected.grad, rtol=1e-8, atol=1e-9)
