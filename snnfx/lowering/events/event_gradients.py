@@ -13,7 +13,7 @@ from enum import Enum
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from snnfx.lowering.events.event_kernel import weight_gradient
 from snnfx.lowering.events.few_rows_gradients import gradient_of_input, gradient_of_weight
@@ -87,7 +87,9 @@ class _EventProduct(torch.autograd.Function):
 
 
 def gradient_by_events(grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    """The gradient of a weight by events, from the gradient of the output."""
+    """The gradient of a weight by events, from the gradient of the output; densely if that one is not finite."""
+    if not grad.sum().isfinite():  # zero times infinity is not zero
+        return dense_gradient(grad, x, weight, geometry)
     return unpack(weight_gradient(x, geometry, weight.shape[0], grad), weight.shape, geometry.groups)
 
 
@@ -102,7 +104,7 @@ def is_plain_gradient(tensor: Tensor) -> bool:
     """Whether a tensor is neither batched nor differentiated again."""
     return not (
         torch.is_grad_enabled()
-        or type(tensor) is not Tensor
+        or type(tensor) not in (Tensor, nn.Parameter, nn.Buffer)
         or is_batched_by_autograd(tensor)
         or are_transforms_active()
         or dispatch_mode_count()

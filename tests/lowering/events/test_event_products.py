@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from snnfx.lowering.events.event_gradients import gradient_by_events
 from snnfx.lowering.events.event_kernel import checksum, estimate_density, fits_lists, product, weight_gradient
 from snnfx.lowering.events.geometry import LINEAR, convolution
 from snnfx.lowering.events.packed_weights import pack, packed_weight, unpack
@@ -120,6 +121,23 @@ def test_inputs_that_are_not_finite_reach_the_outputs(value: float) -> None:
     geometry = convolution(weight, (1, 1), (1, 1), (1, 1), 1)
     assert geometry is not None
     actual, expected = product(x, geometry, 5, pack(weight, 1), None), functional.conv2d(x, weight, None, 1, 1)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12, equal_nan=True)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dims", [0, 2])
+def test_gradients_that_are_not_finite_reach_the_weight(dims: int, value: float) -> None:
+    shape = (40, 16) if dims == 0 else (2, 16, 6, 6)
+    x = sparse(shape, 0.2, "ones", torch.float64)
+    weight = torch.randn(8, 16, *(3,) * dims, dtype=torch.float64, requires_grad=True)
+    geometry = convolution(weight, (1, 1), (1, 1), (1, 1), 1) if dims else LINEAR
+    assert geometry is not None
+    y = functional.conv2d(x, weight, None, 1, 1) if dims else functional.linear(x, weight)
+    grad = torch.randn_like(y)
+    grad.view(-1)[7] = value
+    (expected,) = torch.autograd.grad(y, weight, grad)
+    assert not expected.isfinite().all()
+    actual = gradient_by_events(grad, x, weight.detach(), geometry)
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12, equal_nan=True)
 
 

@@ -171,6 +171,27 @@ def test_a_parameter_as_second_operand_is_read_where_it_lies(shape: tuple[int, .
     assert decision is not None and decision.by_events
 
 
+def test_the_gradient_of_a_parameter_runs_by_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    a, weight, used = spikes(2, 20, 16), nn.Parameter(torch.randn(16, 9, dtype=torch.float64)), []
+    original = spike_matrices.gradient_by_events
+    monkeypatch.setattr(spike_matrices, "gradient_by_events", lambda *a: used.append(True) or original(*a))
+    (found,) = torch.autograd.grad(matmul_by_events(a, weight, "first", new_site()).square().sum(), weight)
+    torch.testing.assert_close(found, torch.autograd.grad((a @ weight).square().sum(), weight)[0])
+    assert used
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("shape", [(40, 16), (2, 20, 16)])
+def test_gradients_that_are_not_finite_reach_a_parameter(shape: tuple[int, ...], value: float) -> None:
+    torch.manual_seed(0)
+    a, weight = spikes(*shape), nn.Parameter(torch.randn(16, 9, dtype=torch.float64))
+    grad = torch.randn(*shape[:-1], 9, dtype=torch.float64)
+    grad.view(-1)[7] = value
+    found = torch.autograd.grad(matmul_by_events(a, weight, "first", new_site()), weight, grad)
+    torch.testing.assert_close(found, torch.autograd.grad(a @ weight, weight, grad), equal_nan=True)
+
+
 def lif() -> nn.Module:
     return snnfx.neuron.LIFNode(v_threshold=0.3)
 
