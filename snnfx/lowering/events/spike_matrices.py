@@ -7,7 +7,6 @@ and `q @ (k.T @ v)` add rows. Region graphs call `matmul_by_events` for the prod
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +27,7 @@ from snnfx.lowering.events.layer_decisions import (
 )
 from snnfx.lowering.events.matrix_kernel import MOST_BATCH_DIMS, product_of_matrices
 
-__all__ = ["decision_at", "matmul_by_events", "new_site"]
+__all__ = ["decision_at", "matmul_by_events"]
 
 _LEAST_WORK = 1 << 20
 """Multiplications from which on the decision costs little."""
@@ -37,12 +36,6 @@ _CALIBRATION_WORK = 1 << 27
 """Multiplications of one dense call of a calibration, about."""
 
 _decisions: dict[int, Decision] = {}
-_sites = itertools.count()
-
-
-def new_site() -> int:
-    """A number for the decisions of a product, unique in this process."""
-    return next(_sites)
 
 
 def decision_at(site: int) -> Decision | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 
 import snnfx
 from snnfx.ir.facts import SITE, SPIKES
+from snnfx.ir.sites import new_site
 from snnfx.lowering.events import crossovers, spike_matrices
 from snnfx.lowering.events.matrix_kernel import product_of_matrices
-from snnfx.lowering.events.spike_matrices import decision_at, matmul_by_events, new_site
+from snnfx.lowering.events.spike_matrices import decision_at, matmul_by_events
 from support.stepping import step_model
 
 SHAPES = [
@@ -225,6 +227,10 @@ FORMS: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], list[str]]] =
 }
 
 
+def matmul_twice(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return q @ k.mT @ v * 0.2
+
+
 def made(form: str) -> tuple[Attention, Tensor]:
     torch.manual_seed(0)
     return Attention(FORMS[form][0]).double(), torch.randn(4, 3, 10, 32, dtype=torch.float64) * 2
@@ -257,6 +263,20 @@ def test_explain_shows_how_the_products_ran() -> None:
     net(x_seq)
     lines = [line for line in str(snnfx.explain(net)).splitlines() if "matmul` ran by events" in line]
     assert len(lines) == 2
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
+def test_explain_of_a_copy_does_not_show_the_calls_of_the_original(copied: Callable[[snnfx.Net], snnfx.Net]) -> None:
+    model, x_seq = made("q k, v")
+    model.form = matmul_twice
+    net = snnfx.convert(model, example_inputs=x_seq[0])
+    net(x_seq)
+    before = str(snnfx.explain(net))
+    clone = copied(net)
+    assert "ran by events" not in str(snnfx.explain(clone))
+    clone(torch.zeros_like(x_seq))
+    assert str(snnfx.explain(net)) == before
+    assert str(snnfx.explain(clone)).count("matmul` ran by events: 0.0%") == 2
 
 
 def test_lower_dense_marks_no_product() -> None:
