@@ -279,6 +279,35 @@ def test_explain_of_a_copy_does_not_show_the_calls_of_the_original(copied: Calla
     assert str(snnfx.explain(clone)).count("matmul` ran by events: 0.0%") == 2
 
 
+class WithSpikeFunction(nn.Module):
+    """A neuron written in the step, with a spike function as a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.currents, self.spike, self.v = nn.Linear(32, 32), snnfx.surrogate.ATan(), torch.zeros(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        v = 0.5 * self.v + self.currents(x)
+        z: Tensor = self.spike(v - 1.0)
+        self.v = v - z
+        return z @ z.mT @ z
+
+
+def test_products_of_spikes_of_a_spike_function_run_by_events() -> None:
+    torch.manual_seed(0)
+    model, x_seq = WithSpikeFunction().double(), torch.randn(4, 3, 10, 32, dtype=torch.float64)
+    net, stepped = snnfx.convert(model, example_inputs=x_seq[0]), copy.deepcopy(model)
+    net(x_seq).sum().backward()
+    y = step_model(stepped, x_seq)
+    y.sum().backward()
+    torch.testing.assert_close(net(x_seq), y)
+    torch.testing.assert_close(model.currents.weight.grad, stepped.currents.weight.grad)
+    products = [node for node in net.program.graph.nodes if SPIKES.of(node)]
+    assert [SPIKES.of(node) for node in products] == ["both", "both"]
+    decisions = [decision_at(SITE.of(node)) for node in products]  # type: ignore[arg-type]
+    assert all(decision is not None and decision.by_events for decision in decisions)
+
+
 def test_lower_dense_marks_no_product() -> None:
     model, x_seq = made("q k, v")
     net = snnfx.convert(model, example_inputs=x_seq[0], lower="dense")
