@@ -102,15 +102,27 @@ def _product(a: Tensor, b: Tensor, spikes: str) -> Tensor | None:
 
 
 def _crossover(sparse: Tensor, other: Tensor, spikes: str) -> float:
-    key: tuple[object, ...] = ("matmul", spikes, tuple(sparse.shape[-2:]), other.shape[-1], sparse.shape[:-2].numel().bit_length())
+    key: tuple[object, ...] = (
+        "matmul",
+        spikes,
+        tuple(sparse.shape[-2:]),
+        other.shape[-1],
+        sparse.shape[:-2].numel().bit_length(),
+    )
     key += (tuple(sparse.stride()[-2:]), tuple(other.stride()[-2:]), sparse.dtype)
     work = sparse.numel() * other.shape[-1]
     part = max(1, min(len(sparse), len(sparse) * _CALIBRATION_WORK // work)) if sparse.dim() > 2 else len(sparse)
     example, second = sparse.detach()[:part], other.detach()
     second = second[:part] if sparse.dim() > 2 else second
+    finite: list[Tensor] = []  # made only if the crossover is measured
 
     def as_written(function: Callable[[Tensor, Tensor], Any]) -> Callable[[Tensor], Any]:
-        return lambda x: function(second.mT, x.mT) if spikes == "second" else function(x, second)
+        def call(x: Tensor) -> Any:
+            if not finite:  # the kernel refuses other values at once, and its time would be remembered
+                finite.append(second if second.isfinite().all() else second.nan_to_num(0.0, 0.0, 0.0))
+            return function(finite[0].mT, x.mT) if spikes == "second" else function(x, finite[0])
+
+        return call
 
     return crossover(key, example, as_written(torch.matmul), as_written(lambda a, b: _product(a, b, spikes)))
 

@@ -194,6 +194,25 @@ def test_gradients_that_are_not_finite_reach_a_parameter(shape: tuple[int, ...],
     torch.testing.assert_close(found, torch.autograd.grad(a @ weight, weight, grad), equal_nan=True)
 
 
+@pytest.mark.parametrize("which", ["first", "second", "both"])
+def test_crossovers_are_measured_with_finite_numbers(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+
+    def crossover(
+        key: object, x: Tensor, dense: Callable[[Tensor], Tensor], events: Callable[[Tensor], Tensor | None]
+    ) -> float:
+        measured.append((dense(x), events(x)))
+        return 0.9
+
+    monkeypatch.setattr(spike_matrices, "crossover", crossover)
+    a, b = spikes(2, 20, 20), spikes(2, 20, 20)
+    other = a if which == "second" else b
+    other[1, 3, 5] = float("nan")
+    torch.testing.assert_close(matmul_by_events(a, b, which, new_site()), a @ b, equal_nan=True)
+    ((dense, by_events),) = measured
+    assert by_events is not None and torch.equal(dense, by_events)
+
+
 def lif() -> nn.Module:
     return snnfx.neuron.LIFNode(v_threshold=0.3)
 
