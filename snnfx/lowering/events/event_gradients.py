@@ -101,11 +101,12 @@ def dense_gradient(grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) 
 
 
 def is_plain_gradient(tensor: Tensor) -> bool:
-    """Whether a tensor is neither batched nor differentiated again."""
+    """Whether a tensor is neither batched, nor differentiated again, nor lazily negated, which kernels do not see."""
     return not (
         torch.is_grad_enabled()
         or type(tensor) not in (Tensor, nn.Parameter, nn.Buffer)
         or is_batched_by_autograd(tensor)
+        or tensor.is_neg()
         or are_transforms_active()
         or dispatch_mode_count()
     )

@@ -213,6 +213,16 @@ def test_crossovers_are_measured_with_finite_numbers(which: str, monkeypatch: py
     assert by_events is not None and torch.equal(dense, by_events)
 
 
+@pytest.mark.parametrize("which", ["first", "second", "both"])
+@pytest.mark.parametrize("shape", [(16, 9), (2, 16, 9)])
+def test_gradients_that_are_lazily_negated(which: str, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    a, b = spikes(*shape[:-2], 20, 16).requires_grad_(), spikes(*shape).requires_grad_()
+    grad = torch._neg_view(torch.randn(*shape[:-2], 20, 9, dtype=torch.float64))
+    found = torch.autograd.grad(matmul_by_events(a, b, which, new_site()), (a, b), grad)
+    torch.testing.assert_close(found, torch.autograd.grad(a @ b, (a, b), grad))
+
+
 def lif() -> nn.Module:
     return snnfx.neuron.LIFNode(v_threshold=0.3)
 
