@@ -88,9 +88,10 @@ class _EventProduct(torch.autograd.Function):
 
 def gradient_by_events(grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """The gradient of a weight by events, from the gradient of the output; densely if that one is not finite."""
-    if not grad.sum().isfinite():  # zero times infinity is not zero
+    tiles = weight_gradient(x, geometry, weight.shape[0], grad)
+    if tiles is None:
         return dense_gradient(grad, x, weight, geometry)
-    return unpack(weight_gradient(x, geometry, weight.shape[0], grad), weight.shape, geometry.groups)
+    return unpack(tiles, weight.shape, geometry.groups)
 
 
 def dense_gradient(grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
