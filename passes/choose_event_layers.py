@@ -19,9 +19,9 @@ from snnfx.analysis.lowerable_loops import mixing_node
 from snnfx.analysis.spike_operands import is_matrix_product, operands_from_spikes, reads_spikes
 from snnfx.ir.facts import EVENTS, LOOP_EVENTS, SITE, SPIKES
 from snnfx.ir.program import StepProgram
+from snnfx.ir.sites import new_site
 from snnfx.lowering.events.event_layers import FUNCTIONS
 from snnfx.lowering.events.layer_decisions import LAYERS
-from snnfx.lowering.events.spike_matrices import new_site
 from snnfx.passes.base import Pass
 
 __all__ = ["ChooseEventLayers"]

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.fx import Node
 
+from snnfx.analysis.integer_ranges import fires_spikes
 from snnfx.ir.nodes import is_size, is_structural, takes_from_tuple
 from snnfx.ir.printing import operation_name
 from snnfx.ir.program import StepProgram
@@ -110,6 +111,8 @@ def _is_source(program: StepProgram, node: Node) -> bool:
         return adapter is not None and module is not None and adapter.elementwise(module)
     if node.target is apply_autograd_function:
         return True
+    if node.op == "call_module":
+        return fires_spikes(program.resolve(str(node.target)))
     return node.op in ("call_function", "call_method") and operation_name(node) in _COMPARISONS
 
 

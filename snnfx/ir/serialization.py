@@ -15,7 +15,9 @@ from torch.fx import Node
 from torch.fx.node import map_aggregate
 from torch.nn import functional
 
+from snnfx.ir.facts import SITE
 from snnfx.ir.program import Region, StepProgram
+from snnfx.ir.sites import new_site
 from snnfx.sandbox.torch_internals import pytree
 from snnfx.state.registry import named_stateful
 
@@ -90,6 +92,8 @@ def unpack_program(packed: _PackedProgram, source: nn.Module) -> StepProgram:
         node = graph.create_node(op, target, map_aggregate(args, unpack), map_aggregate(kwargs, unpack), name=name)
         node.name = name
         node.meta = dict(meta)
+        if SITE.is_known(node):
+            SITE.set(node, new_site())  # decisions of the packed program are not those of this one
         nodes[name] = node
     fields = {**packed.fields, **{name: pytree.tree_structure(packed.fields[name]) for name in _SPECS}}
     fields["guards"] = packed.fields["guards"].unpacked(source)

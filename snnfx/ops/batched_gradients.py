@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from snnfx.sandbox.plain_dispatch import ordinary_dispatch
 from snnfx.sandbox.torch_internals import (
@@ -29,11 +29,12 @@ Gradients = Sequence[Tensor | None]
 
 
 def is_plain_gradient(tensor: Tensor) -> bool:
-    """Whether a kernel may read a gradient or a saved tensor: it is neither batched nor differentiated again."""
+    """Whether a kernel may read a gradient or saved tensor: not batched, differentiated again, or lazily negated."""
     return not (
         torch.is_grad_enabled()
-        or type(tensor) is not Tensor
+        or type(tensor) not in (Tensor, nn.Parameter, nn.Buffer)
         or is_batched_by_autograd(tensor)
+        or tensor.is_neg()
         or are_transforms_active()
         or dispatch_mode_count()
     )

@@ -301,7 +301,8 @@ class BoundMixedLoop:
     """
 
     def __init__(self, prepared: PreparedCall, state: Sequence[Any] | None) -> None:
-        self.prepared = prepared
+        # Not the prepared call, which keeps its input alive.
+        self.kernels, self.entry, self.lowered = prepared.kernels, prepared.entry, prepared.lowered
         self.layout = _layout((*prepared.x_seq, *_tensors_among(prepared.constants)), state)
 
     def run(
@@ -321,11 +322,10 @@ class BoundMixedLoop:
         """
         if _layout((*x_seq, *given), state) != self.layout:
             return None
-        entry, kernels = self.prepared.entry, self.prepared.kernels
-        read = [fetch(constants) for fetch in entry.constants]
-        prepared = PreparedCall(kernels, entry, self.prepared.lowered, x_seq, constants, read)
-        kernels.stepping.reason = ""
-        return kernels.run_prepared(prepared, x_seq, state)
+        read = [fetch(constants) for fetch in self.entry.constants]
+        prepared = PreparedCall(self.kernels, self.entry, self.lowered, x_seq, constants, read)
+        self.kernels.stepping.reason = ""
+        return self.kernels.run_prepared(prepared, x_seq, state)
 
 
 def _tensors_among(values: Sequence[Any]) -> list[Tensor]:

@@ -19,8 +19,8 @@ from snnfx.ir.guards import Guards
 from snnfx.ir.options import ConvertOptions
 from snnfx.ir.program import SELF_TARGET, STAGES, START_PREFIX, InitialAttribute, InputLeaf, Region, Slot, StepProgram
 from snnfx.ir.setting_read import SettingRead
+from snnfx.ir.sites import new_site
 from snnfx.ir.verifier import verify_program
-from snnfx.lowering.events.spike_matrices import new_site
 from snnfx.ops import step_functions
 from snnfx.ops.run_loop import LoopHandle
 from snnfx.ops.step_functions import FunctionHolder

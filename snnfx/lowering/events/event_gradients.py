@@ -93,8 +93,11 @@ class _EventProduct(torch.autograd.Function):
 
 
 def gradient_by_events(grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    """The gradient of a weight by events, from the gradient of the output."""
-    return unpack(weight_gradient(x, geometry, weight.shape[0], grad), weight.shape, geometry.groups)
+    """The gradient of a weight by events, from the gradient of the output; densely if that one is not finite."""
+    tiles = weight_gradient(x, geometry, weight.shape[0], grad)
+    if tiles is None:
+        return dense_gradient(grad, x, weight, geometry, by_one_dnn=False)
+    return unpack(tiles, weight.shape, geometry.groups)
 
 
 def dense_gradient(grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, by_one_dnn: bool) -> Tensor:

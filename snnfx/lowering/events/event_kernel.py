@@ -48,6 +48,7 @@ class Refusal(IntEnum):
     NONE = 0
     TOO_DENSE = 1
     WEIGHT = 2
+    GRADIENT = 3
 
 
 _SHAPE = """
@@ -196,8 +197,8 @@ def product(x: Tensor, geometry: Geometry, outputs: int, packed: Tensor, bias: T
     return y if keeps_format else y.contiguous()
 
 
-def weight_gradient(x: Tensor, geometry: Geometry, outputs: int, grad: Tensor) -> Tensor:
-    """The gradient of the packed weight.
+def weight_gradient(x: Tensor, geometry: Geometry, outputs: int, grad: Tensor) -> Tensor | None:
+    """The gradient of the packed weight; None if `grad` is not finite, since zero times infinity is not zero.
 
     Args:
         x, geometry, outputs: as for `product`.
@@ -222,7 +223,10 @@ def weight_gradient(x: Tensor, geometry: Geometry, outputs: int, grad: Tensor) -
         partial = x.new_zeros((parts, elements))
     shape = _shape(geometry, images, size, channels, outputs, band, splits)
     arguments = _Arguments(mode=3, x=x.data_ptr(), weight=grad.data_ptr(), y=partial.data_ptr(), parts=parts, **shape)
+    arguments.elements = grad.numel()
     _run(arguments, x.element_size(), threads)
+    if arguments.refusal == Refusal.GRADIENT:
+        return None
     return partial.sum(0) if len(partial) > 1 else partial[0]
 
 

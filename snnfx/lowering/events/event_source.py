@@ -40,13 +40,14 @@ struct Args {
   i64 threads;
   void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
   std::atomic<i64> next;         // the next unit of work
-  i64 elements, sampled, active; // of the estimate
+  i64 elements, sampled, active; // of the estimate; mode 3: the elements of `weight`
   i64 parts;                     // of the gradient
   const u64 *bits;               // the input as bits, instead of x: a multiple of 64 channels in each group
   const char *hashed;            // the weight as it lies
   i64 bytes;                     // of `hashed`
   double limit, density;         // mode 4: the density of the bits has to be lower than the limit
-  i64 refusal;                   // 1: it is not, 2: the checksum has changed, so that `weight` is packed from another
+  i64 refusal;                   // 1: it is not, 2: the checksum has changed, so that `weight` is packed from another,
+                                 // 3: the gradient of the output is not finite, which zeros of `x` would hide
   i64 checksum[CHECKSUM_PARTS], expected[CHECKSUM_PARTS];
 };
 
@@ -301,6 +302,16 @@ static void work(void *p) {
   for (i64 k; (k = a.next.fetch_add(1, std::memory_order_relaxed)) < units;) unit(a, k, nullptr);
 }
 
+static bool are_finite(const real *x, i64 n) {
+  vec zero = {};
+  real sum = 0;
+  i64 k = 0;
+  for (; k + LANES <= n; k += LANES) zero += *(const vec *)(x + k) * 0;
+  for (int i = 0; i < LANES; i++) sum += zero[i];
+  for (; k < n; k++) sum += x[k] * 0;
+  return sum == 0;
+}
+
 // Each part has its own units, so that the order of the sums does not depend on the schedule: the tiles of one split,
 // or a range of units and a gradient of its own.
 static void differentiate(void *p) {
@@ -309,6 +320,8 @@ static void differentiate(void *p) {
   const i64 K = a.kernel[0] * a.kernel[1] * a.kernel[2] * a.channels;
   const i64 size = a.groups * K * ((a.outputs + LANES - 1) / LANES * LANES);
   for (i64 k; (k = a.next.fetch_add(1, std::memory_order_relaxed)) < a.parts;) {
+    const i64 first = a.elements * k / a.parts, last = a.elements * (k + 1) / a.parts;
+    if (!are_finite(a.weight + first, last - first)) __atomic_store_n(&a.refusal, 3, __ATOMIC_RELAXED);
     if (a.splits > 1)
       for (i64 u = k; u < units; u += a.splits) unit(a, u, a.y);
     else

@@ -7,7 +7,6 @@ and `q @ (k.T @ v)` add rows. Region graphs call `matmul_by_events` for the prod
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +28,7 @@ from snnfx.lowering.events.layer_decisions import (
 from snnfx.lowering.events.matrix_kernel import MOST_BATCH_DIMS, product_of_matrices
 from snnfx.ops.batched_gradients import is_plain_gradient
 
-__all__ = ["decision_at", "matmul_by_events", "new_site"]
+__all__ = ["decision_at", "matmul_by_events"]
 
 _LEAST_WORK = 1 << 20
 """Multiplications from which on the decision costs little."""
@@ -38,12 +37,6 @@ _CALIBRATION_WORK = 1 << 27
 """Multiplications of one dense call of a calibration, about."""
 
 _decisions: dict[int, Decision] = {}
-_sites = itertools.count()
-
-
-def new_site() -> int:
-    """A number for the decisions of a product, unique in this process."""
-    return next(_sites)
 
 
 def decision_at(site: int) -> Decision | None:
@@ -117,9 +110,15 @@ def _crossover(sparse: Tensor, other: Tensor, spikes: str) -> float:
     part = max(1, min(len(sparse), len(sparse) * _CALIBRATION_WORK // work)) if sparse.dim() > 2 else len(sparse)
     example, second = sparse.detach()[:part], other.detach()
     second = second[:part] if sparse.dim() > 2 else second
+    finite: list[Tensor] = []  # made only if the crossover is measured
 
     def as_written(function: Callable[[Tensor, Tensor], Any]) -> Callable[[Tensor], Any]:
-        return lambda x: function(second.mT, x.mT) if spikes == "second" else function(x, second)
+        def call(x: Tensor) -> Any:
+            if not finite:  # the kernel refuses other values at once, and its time would be remembered
+                finite.append(second if second.isfinite().all() else second.nan_to_num(0.0, 0.0, 0.0))
+            return function(finite[0].mT, x.mT) if spikes == "second" else function(x, finite[0])
+
+        return call
 
     return crossover(key, example, as_written(torch.matmul), as_written(lambda a, b: _product(a, b, spikes)))
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from snnfx.lowering.events.event_gradients import gradient_by_events
 from snnfx.lowering.events.event_kernel import checksum, estimate_density, fits_lists, product, weight_gradient
 from snnfx.lowering.events.geometry import LINEAR, convolution
 from snnfx.lowering.events.packed_weights import pack, packed_weight, unpack
@@ -62,7 +63,9 @@ def test_a_convolution_of_events_equals_the_dense_one(seed: int) -> None:
     (expected_gradient,) = torch.autograd.grad(
         CONVOLUTIONS[dims](x, weight, bias, stride, padding, dilation, groups), weight, grad
     )
-    assert_near(unpack(weight_gradient(x, geometry, outputs, grad), weight.shape, groups), expected_gradient)
+    tiles = weight_gradient(x, geometry, outputs, grad)
+    assert tiles is not None
+    assert_near(unpack(tiles, weight.shape, groups), expected_gradient)
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -78,7 +81,9 @@ def test_a_linear_layer_of_events_equals_the_dense_one(seed: int) -> None:
     assert_near(product(x, LINEAR, outputs, pack(weight, 1), bias), functional.linear(x, weight, bias))
     grad = torch.randn(*shape, outputs, dtype=dtype)
     expected_gradient = grad.reshape(-1, outputs).T @ x.reshape(-1, inputs)
-    assert_near(unpack(weight_gradient(x, LINEAR, outputs, grad), weight.shape, 1), expected_gradient)
+    tiles = weight_gradient(x, LINEAR, outputs, grad)
+    assert tiles is not None
+    assert_near(unpack(tiles, weight.shape, 1), expected_gradient)
 
 
 @pytest.mark.parametrize(
@@ -120,6 +125,23 @@ def test_inputs_that_are_not_finite_reach_the_outputs(value: float) -> None:
     geometry = convolution(weight, (1, 1), (1, 1), (1, 1), 1)
     assert geometry is not None
     actual, expected = product(x, geometry, 5, pack(weight, 1), None), functional.conv2d(x, weight, None, 1, 1)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12, equal_nan=True)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dims", [0, 2])
+def test_gradients_that_are_not_finite_reach_the_weight(dims: int, value: float) -> None:
+    shape = (40, 16) if dims == 0 else (2, 16, 6, 6)
+    x = sparse(shape, 0.2, "ones", torch.float64)
+    weight = torch.randn(8, 16, *(3,) * dims, dtype=torch.float64, requires_grad=True)
+    geometry = convolution(weight, (1, 1), (1, 1), (1, 1), 1) if dims else LINEAR
+    assert geometry is not None
+    y = functional.conv2d(x, weight, None, 1, 1) if dims else functional.linear(x, weight)
+    grad = torch.randn_like(y)
+    grad.view(-1)[7] = value
+    (expected,) = torch.autograd.grad(y, weight, grad)
+    assert not expected.isfinite().all()
+    actual = gradient_by_events(grad, x, weight.detach(), geometry)
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12, equal_nan=True)
 
 

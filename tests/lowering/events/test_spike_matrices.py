@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 
 import snnfx
 from snnfx.ir.facts import SITE, SPIKES
+from snnfx.ir.sites import new_site
 from snnfx.lowering.events import crossovers, spike_matrices
 from snnfx.lowering.events.matrix_kernel import product_of_matrices
-from snnfx.lowering.events.spike_matrices import decision_at, matmul_by_events, new_site
+from snnfx.lowering.events.spike_matrices import decision_at, matmul_by_events
 from support.stepping import step_model
 
 SHAPES = [
@@ -171,6 +173,56 @@ def test_a_parameter_as_second_operand_is_read_where_it_lies(shape: tuple[int, .
     assert decision is not None and decision.by_events
 
 
+def test_the_gradient_of_a_parameter_runs_by_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    a, weight, used = spikes(2, 20, 16), nn.Parameter(torch.randn(16, 9, dtype=torch.float64)), []
+    original = spike_matrices.gradient_by_events
+    monkeypatch.setattr(spike_matrices, "gradient_by_events", lambda *a: used.append(True) or original(*a))
+    (found,) = torch.autograd.grad(matmul_by_events(a, weight, "first", new_site()).square().sum(), weight)
+    torch.testing.assert_close(found, torch.autograd.grad((a @ weight).square().sum(), weight)[0])
+    assert used
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("shape", [(40, 16), (2, 20, 16)])
+def test_gradients_that_are_not_finite_reach_a_parameter(shape: tuple[int, ...], value: float) -> None:
+    torch.manual_seed(0)
+    a, weight = spikes(*shape), nn.Parameter(torch.randn(16, 9, dtype=torch.float64))
+    grad = torch.randn(*shape[:-1], 9, dtype=torch.float64)
+    grad.view(-1)[7] = value
+    found = torch.autograd.grad(matmul_by_events(a, weight, "first", new_site()), weight, grad)
+    torch.testing.assert_close(found, torch.autograd.grad(a @ weight, weight, grad), equal_nan=True)
+
+
+@pytest.mark.parametrize("which", ["first", "second", "both"])
+def test_crossovers_are_measured_with_finite_numbers(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+
+    def crossover(
+        key: object, x: Tensor, dense: Callable[[Tensor], Tensor], events: Callable[[Tensor], Tensor | None]
+    ) -> float:
+        measured.append((dense(x), events(x)))
+        return 0.9
+
+    monkeypatch.setattr(spike_matrices, "crossover", crossover)
+    a, b = spikes(2, 20, 20), spikes(2, 20, 20)
+    other = a if which == "second" else b
+    other[1, 3, 5] = float("nan")
+    torch.testing.assert_close(matmul_by_events(a, b, which, new_site()), a @ b, equal_nan=True)
+    ((dense, by_events),) = measured
+    assert by_events is not None and torch.equal(dense, by_events)
+
+
+@pytest.mark.parametrize("which", ["first", "second", "both"])
+@pytest.mark.parametrize("shape", [(16, 9), (2, 16, 9)])
+def test_gradients_that_are_lazily_negated(which: str, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    a, b = spikes(*shape[:-2], 20, 16).requires_grad_(), spikes(*shape).requires_grad_()
+    grad = torch._neg_view(torch.randn(*shape[:-2], 20, 9, dtype=torch.float64))
+    found = torch.autograd.grad(matmul_by_events(a, b, which, new_site()), (a, b), grad)
+    torch.testing.assert_close(found, torch.autograd.grad(a @ b, (a, b), grad))
+
+
 def lif() -> nn.Module:
     return snnfx.neuron.LIFNode(v_threshold=0.3)
 
@@ -202,6 +254,10 @@ FORMS: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], list[str]]] =
     ),
     "scaled currents": (lambda q, k, v: (q * 0.2 @ k.mT + 1.0) @ v, ["both", "second"]),
 }
+
+
+def matmul_twice(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return q @ k.mT @ v * 0.2
 
 
 def made(form: str) -> tuple[Attention, Tensor]:
@@ -236,6 +292,49 @@ def test_explain_shows_how_the_products_ran() -> None:
     net(x_seq)
     lines = [line for line in str(snnfx.explain(net)).splitlines() if "matmul` ran by events" in line]
     assert len(lines) == 2
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
+def test_explain_of_a_copy_does_not_show_the_calls_of_the_original(copied: Callable[[snnfx.Net], snnfx.Net]) -> None:
+    model, x_seq = made("q k, v")
+    model.form = matmul_twice
+    net = snnfx.convert(model, example_inputs=x_seq[0])
+    net(x_seq)
+    before = str(snnfx.explain(net))
+    clone = copied(net)
+    assert "ran by events" not in str(snnfx.explain(clone))
+    clone(torch.zeros_like(x_seq))
+    assert str(snnfx.explain(net)) == before
+    assert str(snnfx.explain(clone)).count("matmul` ran by events: 0.0%") == 2
+
+
+class WithSpikeFunction(nn.Module):
+    """A neuron written in the step, with a spike function as a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.currents, self.spike, self.v = nn.Linear(32, 32), snnfx.surrogate.ATan(), torch.zeros(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        v = 0.5 * self.v + self.currents(x)
+        z: Tensor = self.spike(v - 1.0)
+        self.v = v - z
+        return z @ z.mT @ z
+
+
+def test_products_of_spikes_of_a_spike_function_run_by_events() -> None:
+    torch.manual_seed(0)
+    model, x_seq = WithSpikeFunction().double(), torch.randn(4, 3, 10, 32, dtype=torch.float64)
+    net, stepped = snnfx.convert(model, example_inputs=x_seq[0]), copy.deepcopy(model)
+    net(x_seq).sum().backward()
+    y = step_model(stepped, x_seq)
+    y.sum().backward()
+    torch.testing.assert_close(net(x_seq), y)
+    torch.testing.assert_close(model.currents.weight.grad, stepped.currents.weight.grad)
+    products = [node for node in net.program.graph.nodes if SPIKES.of(node)]
+    assert [SPIKES.of(node) for node in products] == ["both", "both"]
+    decisions = [decision_at(SITE.of(node)) for node in products]  # type: ignore[arg-type]
+    assert all(decision is not None and decision.by_events for decision in decisions)
 
 
 def test_lower_dense_marks_no_product() -> None:

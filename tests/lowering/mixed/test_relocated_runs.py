@@ -150,6 +150,18 @@ def test_a_kept_run_keeps_neither_inputs_nor_results_alive() -> None:
     assert all(not bound.relocation._moved for bound in kept_runs(net) if bound.relocation is not None)
 
 
+def test_no_call_keeps_its_input_alive() -> None:
+    net = snnfx.convert(Layer(64), example_inputs=torch.rand(4, 64))
+    references = []
+    for _ in range(2 * CALLS):  # one of them binds the loop to the layout of its input
+        x_seq = torch.randn(20, 4, 64)
+        net(x_seq).sum().backward()
+        references.append(weakref.ref(x_seq))
+        del x_seq
+    gc.collect()
+    assert [reference() for reference in references] == [None] * len(references)
+
+
 def test_results_do_not_change_in_later_calls() -> None:
     model = Joined(40).double()
     net = snnfx.convert(model, example_inputs=torch.rand(5, 40, dtype=torch.float64))
