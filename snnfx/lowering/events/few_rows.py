@@ -14,8 +14,10 @@ from snnfx.lowering.nonzero_lists import TILE_BYTES
 
 __all__ = ["FewRowsOfBits", "build_few_rows", "has_few_rows", "product_of_few_rows"]
 
-_MOST_ROWS = 63
-"""With more rows, a packed weight is faster, because each row reads it again."""
+_MOST_ROWS, _MOST_ROWS_OF_LARGE = 63, 255
+"""With more rows, a packed weight is faster; comparing a large one with its packed form takes as long as reading it."""
+
+_LARGE_BYTES = 1 << 23
 
 _MOST_TRAINED_ROWS = 1023
 """In training a weight changes at each step of an optimizer, so that packing it pays only for more rows than these."""
@@ -35,7 +37,11 @@ def build_few_rows(itemsize: int) -> None:
 
 def has_few_rows(rows: int, weight: Tensor, in_training: bool = False) -> bool:
     """Whether a linear layer is read where it lies: a row-major weight `[M, K]`, for few rows."""
-    return rows <= (_MOST_TRAINED_ROWS if in_training else _MOST_ROWS) and weight.is_contiguous()
+    if in_training:
+        most = _MOST_TRAINED_ROWS
+    else:
+        most = _MOST_ROWS_OF_LARGE if weight.nbytes >= _LARGE_BYTES else _MOST_ROWS
+    return rows <= most and weight.is_contiguous()
 
 
 class _Arguments(ctypes.Structure):

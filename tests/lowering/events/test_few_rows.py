@@ -220,6 +220,9 @@ def test_only_the_gradients_that_are_needed_are_computed() -> None:
 def test_weights_with_gaps_or_many_rows_are_packed() -> None:
     assert has_few_rows(63, torch.zeros(4, 8))
     assert not has_few_rows(64, torch.zeros(4, 8))
+    assert has_few_rows(255, torch.zeros(256, 8192)) and not has_few_rows(256, torch.zeros(256, 8192))
+    assert has_few_rows(1023, torch.zeros(4, 8), in_training=True)
+    assert not has_few_rows(1024, torch.zeros(4, 8), in_training=True)
     assert not has_few_rows(3, torch.zeros(8, 4).T)
 
 
