@@ -37,11 +37,8 @@ def build_few_rows(itemsize: int) -> None:
 
 def has_few_rows(rows: int, weight: Tensor, in_training: bool = False) -> bool:
     """Whether a linear layer is read where it lies: a row-major weight `[M, K]`, for few rows."""
-    if in_training:
-        most = _MOST_TRAINED_ROWS
-    else:
-        most = _MOST_ROWS_OF_LARGE if weight.nbytes >= _LARGE_BYTES else _MOST_ROWS
-    return rows <= most and weight.is_contiguous()
+    in_inference = _MOST_ROWS_OF_LARGE if weight.nbytes >= _LARGE_BYTES else _MOST_ROWS
+    return rows <= (_MOST_TRAINED_ROWS if in_training else in_inference) and weight.is_contiguous()
 
 
 class _Arguments(ctypes.Structure):
