@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["NONZERO_LISTS", "TILE_BYTES", "VECTOR_BYTES"]
+from snnfx.lowering.elementwise.cpp.cpp_kernel import KernelSource
+
+__all__ = ["NONZERO_LISTS", "TILE_BYTES", "VECTOR_BYTES", "sources_of"]
 
 TILE_BYTES = 256
 """Bytes of one row of a full tile: four vectors of 64 bytes."""
@@ -22,6 +24,22 @@ typedef uint64_t u64;
 #define INLINE static inline __attribute__((always_inline))
 constexpr int LANES = 64 / sizeof(real), FULL = 4 * LANES;
 typedef real vec __attribute__((vector_size(64), aligned(sizeof(real)), may_alias));
+
+// Grows and is kept by its thread: a fresh large block of memory costs page faults at each call.
+template <class T> struct Scratch {
+  T *data = nullptr;
+  i64 size = 0;
+  T *of(i64 n) {
+    if (n > size) {
+      free(data);
+      data = (T *)aligned_alloc(64, (n * sizeof(T) + 63) / 64 * 64);
+      size = data ? n : 0;
+      if (!data) abort();
+    }
+    return data;
+  }
+  ~Scratch() { free(data); }
+};
 
 // The bits of up to 64 elements that are not zero; sets `others` if one of them is not 1.
 INLINE u64 bits_of(const real *x, i64 n, bool &others) {
@@ -103,3 +121,19 @@ INLINE i64 append(uint16_t *rows, u64 m, i64 base) {
 #endif
 }
 """
+
+
+def sources_of(text: str, **numbers: int) -> dict[int, KernelSource]:
+    """The sources of a kernel on floats and on doubles, by bytes of an element.
+
+    Args:
+        text: the source behind `NONZERO_LISTS`.
+        numbers: macros.
+    """
+
+    def source(ctype: str) -> KernelSource:
+        macros = {**numbers, "WIDE": int(ctype == "double")}
+        head = "".join(f"#define {name} {number}\n" for name, number in macros.items())
+        return KernelSource(f"{head}typedef {ctype} real;\n{NONZERO_LISTS}{text}", (), (), 0)
+
+    return {4: source("float"), 8: source("double")}

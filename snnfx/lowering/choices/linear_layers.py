@@ -72,7 +72,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def gradients_by_one_dnn(x: Tensor, weight: Tensor) -> tuple[bool, bool]:
-    """Whether oneDNN is faster for the gradient of the input of a linear layer, and for that of its weight."""
+    """Whether oneDNN is faster for the gradient of the input of a linear layer, and for the gradient of its weight."""
     if x.numel() * weight.shape[0] < _LEAST_WORK or not _is_supported(x, weight, None):
         return False, False
     return _choose_gradients(x, weight)

@@ -29,7 +29,7 @@ class Gradients(Enum):
     """How the gradients of a product run."""
 
     DENSE = "both by torch"
-    WEIGHT_BY_EVENTS = "that of the weight by events, that of the input by torch"
+    WEIGHT_BY_EVENTS = "the gradient of the weight by events, the gradient of the input by torch"
     FEW_ROWS = "both by one pass over the weight, see `snnfx.lowering.events.few_rows_gradients`"
 
 

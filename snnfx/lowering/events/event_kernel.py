@@ -7,10 +7,9 @@ import math
 from collections.abc import Sequence
 from enum import IntEnum
 
-import torch
 from torch import Tensor
 
-from snnfx.lowering.elementwise.cpp.build import load, openmp
+from snnfx.lowering.elementwise.cpp.build import kernel_threads, load, parallel_fields
 from snnfx.lowering.events.event_source import BLOCK_ROWS, CHECKSUM_PARTS, LONGEST, SOURCES
 from snnfx.lowering.events.geometry import Geometry, Triple
 from snnfx.lowering.events.spike_bits import SpikeBits
@@ -106,7 +105,7 @@ def estimate_density(x: Tensor) -> float:
 def checksum(weight: Tensor) -> bytes:
     """A hash of the memory of a tensor that fills it."""
     arguments = _Arguments(mode=2, hashed=weight.data_ptr(), bytes=weight.nbytes)
-    _run(arguments, weight.element_size(), _threads() if weight.nbytes >= _PARALLEL_BYTES else 1)
+    _run(arguments, weight.element_size(), kernel_threads() if weight.nbytes >= _PARALLEL_BYTES else 1)
     return bytes(arguments.checksum)
 
 
@@ -133,7 +132,7 @@ class ProductOfBits:
             images, size, channels = 1, (1, math.prod(lead), 1), spikes.shape[-1]
             self.shape = (*lead, outputs)
         self.stride = _row_major(self.shape)
-        self.threads = _threads()
+        self.threads = kernel_threads()
         self._run = load(SOURCES[self.dtype.itemsize]).run
         shape = _shape_of_product(geometry, images, size, channels, outputs, self.dtype.itemsize, self.threads)
         self._arguments = _Arguments(
@@ -144,7 +143,7 @@ class ProductOfBits:
             bytes=weight.nbytes,
             expected=_Checksum.from_buffer_copy(content),
             **shape,
-            **_parallel(self.threads),
+            **parallel_fields(self.threads),
         )
         self._tiles = tiles
 
@@ -188,7 +187,7 @@ def product(x: Tensor, geometry: Geometry, outputs: int, packed: Tensor, bias: T
         images, channels = x.shape[0], x.shape[1] // groups
         shape = (images, *out[3 - geometry.dims :], outputs)
         y, x = pool.empty(shape, _row_major(shape), x.dtype).movedim(-1, 1), last
-    threads, itemsize = _threads(), y.element_size()
+    threads, itemsize = kernel_threads(), y.element_size()
     shape_of_product = _shape_of_product(geometry, images, size, channels, outputs, itemsize, threads)
     arguments = _Arguments(x=x.data_ptr(), weight=packed.data_ptr(), y=y.data_ptr(), **shape_of_product)
     if bias is not None:
@@ -213,7 +212,7 @@ def weight_gradient(x: Tensor, geometry: Geometry, outputs: int, grad: Tensor) -
         x, grad = (t.movedim(1, -1).contiguous() for t in (x, grad))
     lanes, of_group = VECTOR_BYTES // x.element_size(), outputs // groups
     elements = groups * math.prod(geometry.kernel) * channels * (-(-of_group // lanes) * lanes)
-    threads, tiles = _threads(), -(-of_group // (TILE_BYTES // x.element_size()))
+    threads, tiles = kernel_threads(), -(-of_group // (TILE_BYTES // x.element_size()))
     lines = out[0] * out[1]
     if elements * x.element_size() > _BYTES_OF_PART and tiles >= threads:
         band, splits, parts = min(max(lines, 1), _ROWS_OF_UNIT), threads, threads
@@ -249,20 +248,10 @@ def _shape_of_product(
     return _shape(geometry, images, size, channels, outputs, band, splits)
 
 
-def _parallel(threads: int) -> dict[str, int]:
-    """The fields of the struct for a number of threads."""
-    runtime = openmp() if threads > 1 else None
-    return {"threads": threads, "parallel": runtime[0] if runtime else 0}
-
-
 def _run(arguments: _Arguments, itemsize: int, threads: int) -> None:
-    for name, value in _parallel(threads).items():
+    for name, value in parallel_fields(threads).items():
         setattr(arguments, name, value)
     load(SOURCES[itemsize]).run(ctypes.byref(arguments))
-
-
-def _threads() -> int:
-    return torch.get_num_threads() if openmp() is not None else 1
 
 
 def _units(geometry: Geometry, images: int, lines: int, tiles: int, threads: int) -> tuple[int, int]:

@@ -11,8 +11,7 @@ chunk.
 
 from __future__ import annotations
 
-from snnfx.lowering.elementwise.cpp.cpp_kernel import KernelSource
-from snnfx.lowering.nonzero_lists import NONZERO_LISTS
+from snnfx.lowering.nonzero_lists import sources_of
 
 __all__ = ["BLOCK_ROWS", "CHECKSUM_PARTS", "LONGEST", "SOURCES"]
 
@@ -51,21 +50,6 @@ struct Args {
   i64 checksum[CHECKSUM_PARTS], expected[CHECKSUM_PARTS];
 };
 
-// Grows and is kept by its thread: a fresh large block of memory costs page faults at each call.
-template <class T> struct Scratch {
-  T *data = nullptr;
-  i64 size = 0;
-  T *of(i64 n) {
-    if (n > size) {
-      free(data);
-      data = (T *)aligned_alloc(64, (n * sizeof(T) + 63) / 64 * 64);
-      size = data ? n : 0;
-      if (!data) abort();
-    }
-    return data;
-  }
-  ~Scratch() { free(data); }
-};
 static thread_local Scratch<u64> bit_words;
 static thread_local Scratch<i64> line_owner;
 static thread_local Scratch<i64> column_starts;
@@ -415,16 +399,5 @@ extern "C" void run(Args *a) {
 """
 
 
-def _source(ctype: str) -> KernelSource:
-    numbers = {
-        "CHECKSUM_PARTS": CHECKSUM_PARTS,
-        "BLOCK_ROWS": BLOCK_ROWS,
-        "LONGEST": LONGEST,
-        "WIDE": int(ctype == "double"),
-    }
-    head = "".join(f"#define {name} {number}\n" for name, number in numbers.items()) + f"typedef {ctype} real;\n"
-    return KernelSource(head + NONZERO_LISTS + _TEXT, (), (), 0)
-
-
-SOURCES = {4: _source("float"), 8: _source("double")}
+SOURCES = sources_of(_TEXT, CHECKSUM_PARTS=CHECKSUM_PARTS, BLOCK_ROWS=BLOCK_ROWS, LONGEST=LONGEST)
 """By bytes of an element."""

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from snnfx.lowering.elementwise.cpp.build import load, openmp
+from snnfx.lowering.elementwise.cpp.build import kernel_threads, load, parallel_fields
 from snnfx.lowering.events.few_rows_source import BLOCK, FEW_ROWS
 from snnfx.lowering.nonzero_lists import TILE_BYTES
 
@@ -56,12 +56,9 @@ class _Arguments(ctypes.Structure):
     def of(rows: int, weight: Tensor) -> _Arguments:
         """The arguments of a product with a weight, without its addresses."""
         outputs, inputs = weight.shape
-        threads = torch.get_num_threads() if openmp() is not None else 1
-        runtime = openmp() if threads > 1 else None
         tiles = -(-outputs // (TILE_BYTES // weight.element_size()))
         parts = max(1, min(_UNITS // tiles, inputs // BLOCK))  # of any number of threads: the order of sums stays
-        parallel = runtime[0] if runtime else 0
-        return _Arguments(rows=rows, K=inputs, M=outputs, parts=parts, threads=threads, parallel=parallel)
+        return _Arguments(rows=rows, K=inputs, M=outputs, parts=parts, **parallel_fields(kernel_threads()))
 
 
 def product_of_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from snnfx.lowering.choices.fastest import Fastest
 from snnfx.lowering.choices.linear_layers import gradients_by_one_dnn, gradients_of_linear
-from snnfx.lowering.elementwise.cpp.build import load, openmp
-from snnfx.lowering.elementwise.cpp.cpp_kernel import KernelSource
-from snnfx.lowering.nonzero_lists import NONZERO_LISTS
+from snnfx.lowering.elementwise.cpp.build import kernel_threads, load, parallel_fields
+from snnfx.lowering.nonzero_lists import sources_of
 from snnfx.ops.buffer_pool import pool
 
 __all__ = ["GRADIENTS", "build_gradients", "choose_gradients", "gradient_of_input", "gradient_of_weight"]
@@ -27,7 +26,7 @@ _TEXT = r"""
 constexpr i64 VECTORS = 4, COLUMNS = VECTORS * LANES, OUTPUTS = 4;
 
 struct Args {
-  i64 mode;             // 0: the gradient of the weight, 1: that of the input
+  i64 mode;             // 0: the gradient of the weight, 1: the gradient of the input
   const real *grad;     // [rows, M]
   const real *read;     // the input [rows, K], or the weight [M, K]
   real *y;              // [M, K] or [rows, K]
@@ -133,12 +132,7 @@ extern "C" void run(Args *a) {
 """
 
 
-def _source(ctype: str) -> KernelSource:
-    head = f"#define WIDE {int(ctype == 'double')}\ntypedef {ctype} real;\n"
-    return KernelSource(head + NONZERO_LISTS + _TEXT, (), (), 0)
-
-
-_SOURCES = {4: _source("float"), 8: _source("double")}
+_SOURCES = sources_of(_TEXT)
 """By bytes of an element."""
 
 
@@ -199,8 +193,6 @@ def choose_gradients(x: Tensor, weight: Tensor) -> bool:
 
 
 def _run(mode: int, grad: Tensor, read: Tensor, y: Tensor) -> None:
-    threads = torch.get_num_threads() if openmp() is not None else 1
-    runtime = openmp() if threads > 1 else None
     arguments = _Arguments(
         mode=mode,
         grad=grad.data_ptr(),
@@ -209,7 +201,6 @@ def _run(mode: int, grad: Tensor, read: Tensor, y: Tensor) -> None:
         rows=len(grad),
         M=grad.shape[1],
         K=read.shape[1],
-        threads=threads,
-        parallel=runtime[0] if runtime else 0,
+        **parallel_fields(kernel_threads()),
     )
     load(_SOURCES[y.element_size()]).run(ctypes.byref(arguments))

@@ -7,8 +7,7 @@ the weight, and a weight may change at each call.
 
 from __future__ import annotations
 
-from snnfx.lowering.elementwise.cpp.cpp_kernel import KernelSource
-from snnfx.lowering.nonzero_lists import NONZERO_LISTS
+from snnfx.lowering.nonzero_lists import sources_of
 
 __all__ = ["BLOCK", "FEW_ROWS"]
 
@@ -187,10 +186,5 @@ extern "C" void run(Args *a) {
 """
 
 
-def _source(ctype: str) -> KernelSource:
-    head = f"#define COLUMNS {BLOCK}\n#define WIDE {int(ctype == 'double')}\ntypedef {ctype} real;\n"
-    return KernelSource(head + NONZERO_LISTS + _TEXT, (), (), 0)
-
-
-FEW_ROWS = {4: _source("float"), 8: _source("double")}
+FEW_ROWS = sources_of(_TEXT, COLUMNS=BLOCK)
 """By bytes of an element."""

@@ -5,10 +5,9 @@ from __future__ import annotations
 import ctypes
 import math
 
-import torch
 from torch import Tensor
 
-from snnfx.lowering.elementwise.cpp.build import load, openmp
+from snnfx.lowering.elementwise.cpp.build import kernel_threads, load, parallel_fields
 from snnfx.lowering.events.matrix_source import MATRIX_PRODUCTS
 from snnfx.ops.buffer_pool import pool
 
@@ -55,8 +54,7 @@ def product_of_matrices(a: Tensor, b: Tensor, counts: bool) -> Tensor | None:
     N, images = b.shape[-1], math.prod(batch)
     shape = (*batch, M, N)
     y = pool.empty(shape, [math.prod(shape[i + 1 :]) for i in range(len(shape))], a.dtype)
-    threads = torch.get_num_threads() if openmp() is not None else 1
-    runtime = openmp() if threads > 1 else None
+    threads = kernel_threads()
     parts = -(-threads * _UNITS_PER_THREAD // max(images, 1))
     gap = MOST_BATCH_DIMS - len(batch)
     arguments = _Arguments(
@@ -75,8 +73,7 @@ def product_of_matrices(a: Tensor, b: Tensor, counts: bool) -> Tensor | None:
         b_column=b.stride(-1),
         counts=counts,
         rows=max(_FEWEST_ROWS, -(-M // parts)),
-        threads=threads,
-        parallel=runtime[0] if runtime else 0,
+        **parallel_fields(threads),
     )
     load(MATRIX_PRODUCTS[a.element_size()]).run(ctypes.byref(arguments))
     return None if arguments.refusal else y

@@ -6,8 +6,7 @@ row that is not zero adds a row of the second matrix.
 
 from __future__ import annotations
 
-from snnfx.lowering.elementwise.cpp.cpp_kernel import KernelSource
-from snnfx.lowering.nonzero_lists import NONZERO_LISTS
+from snnfx.lowering.nonzero_lists import sources_of
 
 __all__ = ["MATRIX_PRODUCTS"]
 
@@ -26,21 +25,6 @@ struct Args {
   std::atomic<i64> next, refusal;               // the next unit of work; 1: b has an element that is not finite
 };
 
-// Memory that grows and is kept by its thread.
-template <class T> struct Scratch {
-  T *data = nullptr;
-  i64 size = 0;
-  T *of(i64 n) {
-    if (n > size) {
-      free(data);
-      data = (T *)aligned_alloc(64, (n * sizeof(T) + 63) / 64 * 64);
-      size = data ? n : 0;
-      if (!data) abort();
-    }
-    return data;
-  }
-  ~Scratch() { free(data); }
-};
 static thread_local Scratch<u64> row_bits, column_bits;
 static thread_local Scratch<real> left_rows, right_rows;
 
@@ -170,10 +154,5 @@ extern "C" void run(Args *a) {
 """
 
 
-def _source(ctype: str) -> KernelSource:
-    head = f"#define WIDE {int(ctype == 'double')}\ntypedef {ctype} real;\n"
-    return KernelSource(head + NONZERO_LISTS + _TEXT, (), (), 0)
-
-
-MATRIX_PRODUCTS = {4: _source("float"), 8: _source("double")}
+MATRIX_PRODUCTS = sources_of(_TEXT)
 """By bytes of an element."""

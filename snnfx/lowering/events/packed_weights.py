@@ -61,7 +61,7 @@ def packed_weight(weight: Tensor, groups: int) -> PackedWeight:
 
 
 def state_of(weight: Tensor) -> tuple[object, ...]:
-    """Address, version and form of a weight; changes of the content may leave it as it is."""
+    """The address, version and form of a weight; a write through `.data` changes none of them."""
     version = 0 if weight.is_inference() else weight._version
     return weight.data_ptr(), version, weight.shape, weight.stride(), weight.dtype, weight.device
 

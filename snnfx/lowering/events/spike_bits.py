@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from snnfx.lowering.elementwise.cpp.build import load, openmp
+from snnfx.lowering.elementwise.cpp.build import kernel_threads, load, parallel_fields
 from snnfx.lowering.elementwise.cpp.cpp_kernel import KernelSource
 from snnfx.ops.buffer_pool import pool
 
@@ -246,11 +246,10 @@ class _Arguments(ctypes.Structure):
 
 
 def _arguments(mode: int, counts: Sequence[int], threads: int) -> _Arguments:
-    runtime = openmp() if threads > 1 else None
-    arguments = _Arguments(mode=mode, parallel=runtime[0] if runtime else 0, threads=threads)
+    arguments = _Arguments(mode=mode, **parallel_fields(threads))
     arguments.count[: len(counts)] = counts
     return arguments
 
 
 def _threads(elements: int) -> int:
-    return torch.get_num_threads() if elements >= _PARALLEL_ELEMENTS and openmp() is not None else 1
+    return kernel_threads() if elements >= _PARALLEL_ELEMENTS else 1

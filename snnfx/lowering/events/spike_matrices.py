@@ -126,7 +126,7 @@ def _crossover(sparse: Tensor, other: Tensor, spikes: str) -> float:
 def _gradient_of_second(
     a: Tensor, b: Tensor, spikes: str, density: float
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor | None] | None:
-    """Computes the gradient of the second operand by events, from that of the product and both operands."""
+    """A function `(gradient of the product, both operands) -> gradient of the second operand`, by events."""
     if spikes == "second" or not b.requires_grad:
         return None
     if a.dim() > 2:  # short sums over tokens

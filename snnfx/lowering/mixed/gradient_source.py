@@ -6,8 +6,7 @@ the list of this input, so that its sum is in registers over the whole list.
 
 from __future__ import annotations
 
-from snnfx.lowering.elementwise.cpp.cpp_kernel import KernelSource
-from snnfx.lowering.nonzero_lists import NONZERO_LISTS
+from snnfx.lowering.nonzero_lists import sources_of
 
 __all__ = ["GRADIENTS"]
 
@@ -149,10 +148,5 @@ extern "C" void run(Args *a) {
 """
 
 
-def _source(ctype: str) -> KernelSource:
-    head = f"#define WIDE {int(ctype == 'double')}\ntypedef {ctype} real;\n"
-    return KernelSource(head + NONZERO_LISTS + _TEXT, (), (), 0)
-
-
-GRADIENTS = {4: _source("float"), 8: _source("double")}
+GRADIENTS = sources_of(_TEXT)
 """By bytes of an element."""

@@ -26,7 +26,7 @@ from snnfx.lowering.aten_recording import LoweringRefused
 from snnfx.lowering.elementwise.cpp.cpp_kernel import KernelSource
 from snnfx.lowering.elementwise.kernel_cache import is_complete, places, store
 
-__all__ = ["Library", "builds", "find_compiler", "identity_of", "load"]
+__all__ = ["Library", "builds", "find_compiler", "identity_of", "kernel_threads", "load", "openmp", "parallel_fields"]
 
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 """No -ffast-math: NaN, infinities and the order of operations are preserved."""
@@ -168,6 +168,17 @@ def _build(compiler: str, text: str, name: str) -> Path:
                 except OSError as error:
                     raise LoweringRefused(f"the compiled kernel cannot be stored: {error}") from error
     raise LoweringRefused(f"{Path(compiler).name} cannot build the kernel: {completed.stderr.strip().splitlines()[:1]}")
+
+
+def kernel_threads() -> int:
+    """The number of threads that kernels may use: that of torch, or one without an OpenMP runtime."""
+    return torch.get_num_threads() if openmp() is not None else 1
+
+
+def parallel_fields(threads: int) -> dict[str, int]:
+    """The fields `threads` and `parallel` of the struct of a kernel that starts its own threads."""
+    runtime = openmp() if threads > 1 else None
+    return {"threads": threads, "parallel": runtime[0] if runtime else 0}
 
 
 @functools.cache
