@@ -67,7 +67,8 @@ class _EventProduct(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.geometry, ctx.gradients, ctx.has_bias = geometry, gradients, bias is not None
-        ctx.by_one_dnn = gradients_by_one_dnn(x, weight) if geometry.dims == 0 else (False, False)
+        is_by_library = geometry.dims == 0 and gradients is not Gradients.FEW_ROWS
+        ctx.by_one_dnn = gradients_by_one_dnn(x, weight) if is_by_library else (False, False)
         return compute(x)
 
     @staticmethod

@@ -62,14 +62,6 @@ class SpikeBits:
         places = sorted(range(len(self.order)), key=self.order.__getitem__)
         return y.permute(0, *[place + 1 for place in places])
 
-    def max_pool(self, kernel: Pair, stride: Pair, padding: Pair) -> SpikeBits:
-        """The maximum of each window of channels-last images `[T, N, C, H, W]`, with a multiple of 64 channels."""
-        return MaxPooling(self, kernel, stride, padding)(self)
-
-    def flattened(self) -> SpikeBits:
-        """`[T, N, C * *]`, of row-major images or of channels-last ones with a multiple of 64 channels."""
-        return Flattening(self)(self)
-
 
 class Operation:
     """A map from spikes of one shape to spikes of another.

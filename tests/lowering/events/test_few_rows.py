@@ -16,7 +16,7 @@ from snnfx.lowering.events.event_kernel import Refusal
 from snnfx.lowering.events.few_rows import FewRowsOfBits, has_few_rows, product_of_few_rows
 from snnfx.lowering.events.few_rows_gradients import gradient_of_input, gradient_of_weight
 from snnfx.lowering.events.layer_decisions import latest_decision
-from snnfx.lowering.events.spike_bits import SpikeBits
+from snnfx.lowering.events.spike_bits import Flattening, SpikeBits
 from support.stepping import step_model
 
 SHAPES = [(1, 128, 64), (3, 130, 70), (16, 2048, 256), (7, 1000, 10), (5, 33, 129), (63, 257, 40), (2, 64, 1)]
@@ -121,7 +121,8 @@ def test_flattened_bits_are_the_bits_of_flattened_numbers(size: tuple[int, int])
     torch.manual_seed(0)
     x = (torch.rand(3, 2, 128, *size) < 0.3).float()
     words = (x.permute(0, 1, 3, 4, 2).reshape(-1, 64).to(torch.int64) << torch.arange(64)).sum(1)
-    flat = SpikeBits(words, tuple(x.shape), (0, 2, 3, 1), x.dtype).flattened()
+    spikes = SpikeBits(words, tuple(x.shape), (0, 2, 3, 1), x.dtype)
+    flat = Flattening(spikes)(spikes)
     assert flat.is_row_major and torch.equal(flat.numbers(), x.flatten(2))
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional
 import snnfx
 from snnfx.lowering.events import crossovers
 from snnfx.lowering.events.layer_decisions import latest_decision
-from snnfx.lowering.events.spike_bits import SpikeBits
+from snnfx.lowering.events.spike_bits import MaxPooling, SpikeBits
 from snnfx.lowering.events.spike_readers import SpikeReader
 from support.stepping import step_model
 
@@ -279,7 +279,8 @@ def test_a_max_pooling_of_bits_equals_that_of_numbers(
     kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]
 ) -> None:
     x = (torch.rand(3, 2, 128, 9, 11) < 0.1).float()
-    pooled = bits_of(x, FORMS["channels-last"]).max_pool(kernel, stride, padding).numbers()
+    spikes = bits_of(x, FORMS["channels-last"])
+    pooled = MaxPooling(spikes, kernel, stride, padding)(spikes).numbers()
     expected = functional.max_pool2d(x.flatten(0, 1), kernel, stride, padding).unflatten(0, (3, 2))
     assert torch.equal(pooled, expected)
 
